@@ -1,0 +1,292 @@
+"""From model outputs to results: prompts -> contexts and anchors, with the image's features -> maps, scores, losses.
+
+    prompts of a class ---- text block 0, adapter 0 ----> text context --+
+    image -> ViT blocks (image cross-attention, adapters) <--------------+
+          -> V1..V4, det, CLS --> image context --+
+    prompts -> text blocks (text cross-attention, adapters) <------------+  -> anchors [B, E, 2]
+    V1..V4, det with anchors -> maps and score -> losses, or metrics
+
+Shapes: B images, N patches, E the embedding width, S the image size, P prompts of a class. Formulas are those of
+AA-CLIP (arXiv 2503.06661) as its published code computes them.
+"""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from dataset.constants import BLUR, NORMAL_PROMPTS, class_prompts
+from model.adapter import Prompts, TextContext, VisualFeatures
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.backbone import Backbone
+
+FEEDBACK = ("adapted", "projectors", "off")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bfloat16 for the towers where `precision` is "bf16"; with "fp32", nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class PromptBank:
+    """The prompts of each class, tokenised and through the frozen text block 0: once per data set and run.
+
+    `descriptions`: {class: its name in the prompts}. Raises ValueError for a prompt that CLIP cannot read whole.
+    """
+
+    def __init__(self, backbone: Backbone, descriptions: dict[str, str]):
+        self.index = {name: number for number, name in enumerate(descriptions)}
+        texts = [prompt for description in descriptions.values() for prompt in class_prompts(description)]
+        ids = backbone.tokenize(texts)
+        per_class = (len(descriptions), -1)
+        tokens = backbone.first_text_block(ids).unflatten(0, per_class)
+        self.prompts = Prompts(tokens, ids.argmax(dim=-1).unflatten(0, per_class))
+        self.lengths = (self.prompts.eot.amax(dim=1) + 1).tolist()
+
+    def numbers(self, class_names: list[str]) -> list[int]:
+        """The place of each class in the bank. Raises KeyError for a class that is not in it."""
+        return [self.index[name] for name in class_names]
+
+    def select(self, prompts: Prompts, numbers: list[int]) -> Prompts:
+        """Of `prompts` of all classes those of `numbers`, cropped to the longest among them."""
+        length = max(self.lengths[number] for number in numbers)
+        return Prompts(prompts.tokens[numbers, :, :length], prompts.eot[numbers])
+
+
+class ClassText:
+    """Text contexts and anchors of one model for the classes of a bank.
+
+    `fixed` says that no text module trains: what depends on the class alone is then computed once and kept.
+    """
+
+    def __init__(self, model: CrossAttentionCLIP, bank: PromptBank, fixed: bool):
+        self.model, self.bank, self.fixed = model, bank, fixed
+        self._context_prompts: Prompts | None = None
+        self._anchors: Tensor | None = None
+
+    def contexts(self, class_names: list[str]) -> TextContext | None:
+        """The text context of each image's class, without gradient; None where image cross-attention is off."""
+        if self.model.image_cross_attn is None:
+            return None
+        prompts = self._context_prompts
+        if prompts is None:
+            prompts = self.model.context_prompts(self.bank.prompts)
+            self._context_prompts = prompts if self.fixed else None
+        return TextContext.join(self.bank.select(prompts, self.bank.numbers(class_names)))
+
+    def anchors(self, class_names: list[str], image_context: Tensor | None) -> Tensor:
+        """Normal and abnormal anchor of each image, [B, E, 2]; per class where text cross-attention is off."""
+        numbers = self.bank.numbers(class_names)
+        if self.model.text_cross_attn is not None:
+            return make_anchors(self.model.text(self.bank.select(self.bank.prompts, numbers), image_context))
+        if not self.fixed:
+            present = sorted(set(numbers))
+            anchors = make_anchors(self.model.text(self.bank.select(self.bank.prompts, present)))
+            return anchors[[present.index(number) for number in numbers]]
+        if self._anchors is None:
+            with torch.no_grad():
+                alone = (self.bank.select(self.bank.prompts, [number]) for number in self.bank.index.values())
+                self._anchors = torch.cat([make_anchors(self.model.text(prompts)) for prompts in alone])
+        return self._anchors[numbers]
+
+
+def make_anchors(embeddings: Tensor) -> Tensor:
+    """Prompt embeddings [B, P, E], normal prompts first -> normal and abnormal anchor, [B, E, 2].
+
+    Each embedding is normalised, the normal and the abnormal ones are averaged, the averages normalised.
+    """
+    embeddings = F.normalize(embeddings.float(), dim=-1)
+    groups = (embeddings[:, :NORMAL_PROMPTS], embeddings[:, NORMAL_PROMPTS:])
+    return torch.stack([F.normalize(group.mean(dim=1), dim=-1) for group in groups], dim=-1)
+
+
+def image_context(features: VisualFeatures) -> Tensor:
+    """What text cross-attention looks at: V1 and CLS, normalised, without gradient, [B, N + 1, E]."""
+    return torch.cat([features.patches[0], features.cls.unsqueeze(1)], dim=1).detach()
+
+
+def frozen_image_context(backbone: Backbone, plain: dict[int, Tensor]) -> Tensor:
+    """The same of the plain CLIP: its first level's patches and last CLS, through its own head, [B, N + 1, E]."""
+    first, last = backbone.levels[0], backbone.levels[-1]
+    tokens = torch.cat([plain[first][:, 1:], plain[last][:, :1]], dim=1)
+    return F.normalize(backbone.project_image(tokens), dim=-1)
+
+
+def frozen_patches(backbone: Backbone, surgery: dict[int, Tensor], plain: dict[int, Tensor]) -> list[Tensor]:
+    """Stage 1's features of the frozen CLIP: normalised V-V patches plus normalised plain CLS, four of [B, N, E]."""
+    cls = F.normalize(backbone.project_image(plain[backbone.levels[-1]][:, :1]), dim=-1)
+    return [F.normalize(backbone.project_image(surgery[level][:, 1:]), dim=-1) + cls for level in backbone.levels]
+
+
+def encode(
+    model: CrossAttentionCLIP, images: Tensor, class_names: list[str], text: ClassText, precision: str = "fp32"
+) -> tuple[VisualFeatures, Tensor]:
+    """Images [B, 3, S, S] -> their features and anchors [B, E, 2].
+
+    Contexts carry no gradient: the image modules learn through the patches alone, the text modules through the prompts.
+    """
+    with autocast(images.device, precision):
+        features = model.visual(images, text.contexts(class_names))
+        context = None
+        if model.text_cross_attn is not None:
+            frozen = model.config.image_context == "frozen"
+            context = (
+                frozen_image_context(model.backbone, model.backbone.plain_tokens(images))
+                if frozen
+                else image_context(features)
+            )
+        return features, text.anchors(class_names, context)
+
+
+def encode_stage1(
+    model: CrossAttentionCLIP,
+    images: Tensor,
+    class_names: list[str],
+    text: ClassText,
+    source: str,
+    vv_start: int,
+    vv_across_batch: bool,
+    precision: str = "fp32",
+) -> tuple[list[Tensor], Tensor]:
+    """Images [B, 3, S, S] -> the patch features that Stage 1 compares with anchors, and the anchors [B, E, 2].
+
+    `source`: "off" gives the frozen CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4 of
+    the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
+    the features nor the image context need are left out.
+    """
+    backbone, needs_context = model.backbone, model.text_cross_attn is not None
+    needs_frozen = needs_context and model.config.image_context == "frozen"
+    needs_visual = source == "adapted" or (needs_context and not needs_frozen)
+    with autocast(images.device, precision):
+        with torch.no_grad():
+            visual = model.visual(images, text.contexts(class_names)) if needs_visual else None
+            if source == "off":
+                surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch)
+                patches = frozen_patches(backbone, surgery, plain)
+            else:
+                plain = backbone.plain_tokens(images) if needs_frozen or source == "projectors" else None
+                patches = visual.patches if source == "adapted" else model.project_levels(plain)
+            context = None
+            if needs_context:
+                context = frozen_image_context(backbone, plain) if needs_frozen else image_context(visual)
+        return patches, text.anchors(class_names, context)
+
+
+def compare(patches: Tensor, anchors: Tensor) -> Tensor:
+    """Cosines of patches [B, N, E] with both anchors [B, E, 2] on the square patch grid, [B, 2, h, w], in float32."""
+    with torch.autocast(patches.device.type, enabled=False):
+        cosines = (patches.float() @ anchors.float()).transpose(1, 2)
+    return cosines.unflatten(2, (int(cosines.shape[2] ** 0.5), -1))
+
+
+def resize_map(maps: Tensor, size: int) -> Tensor:
+    """[B, C, h, w] -> [B, C, size, size], bilinear with aligned corners."""
+    return F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=True)
+
+
+def focal_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """Mean of -(1 - p)^2 log p, p the probability of the true class; [B, 2, S, S] and [B, 1, S, S] of 0 and 1.
+
+    As published: the one-hot target is clamped to [1e-5, 1 - 1e-5], and 1e-5 is added to p.
+    """
+    target = torch.cat([1 - mask, mask], dim=1).clamp(1e-5, 1 - 1e-5)
+    p = (target * probabilities).sum(dim=1) + 1e-5
+    return (-((1 - p) ** 2) * p.log()).mean()
+
+
+def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
+    """Mean over images of 1 - (2 sum(p m) + 1) / (sum p + sum m + 1); both [B, S, S]."""
+    p, m = probability.flatten(1), mask.flatten(1)
+    return (1 - (2 * (p * m).sum(dim=1) + 1) / (p.sum(dim=1) + m.sum(dim=1) + 1)).mean()
+
+
+def segmentation_terms(patches: list[Tensor], anchors: Tensor, scale: Tensor, batch: dict) -> dict[str, Tensor]:
+    """Focal and both dice losses of each level, {"focal_1": ..., "dice_normal_1": ..., "dice_abnormal_1": ..., ...}.
+
+    Anomalous images without a mask are left out; empty where no image of the batch has one.
+    """
+    rows = batch["has_mask"].nonzero().flatten()
+    mask = batch["mask"]
+    if len(rows) < len(mask):
+        patches, anchors, mask = [level[rows] for level in patches], anchors[rows], mask[rows]
+    terms = {}
+    for number, level in enumerate(patches if len(rows) else (), start=1):
+        probabilities = resize_map(scale * compare(level, anchors), mask.shape[-1]).softmax(dim=1)
+        terms[f"focal_{number}"] = focal_loss(probabilities, mask)
+        terms[f"dice_normal_{number}"] = dice_loss(probabilities[:, 0], 1 - mask[:, 0])
+        terms[f"dice_abnormal_{number}"] = dice_loss(probabilities[:, 1], mask[:, 0])
+    return terms
+
+
+def stage1_loss(
+    patches: list[Tensor], anchors: Tensor, scale: Tensor, batch: dict, levels: str, norm_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stage 1's loss and its terms: segmentation, and `norm_weight` x (mean over the batch of normal . abnormal)^2.
+
+    `levels`: "last" trains on the last level alone, as the published code does; "all" on the sum, as the paper says.
+    The terms of every level are returned in either case.
+    """
+    terms = segmentation_terms(patches, anchors, scale, batch)
+    terms["orthogonal"] = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
+    last = f"_{len(patches)}"
+    trained = [
+        term for name, term in terms.items() if name != "orthogonal" and (levels == "all" or name.endswith(last))
+    ]
+    return sum(trained) + norm_weight * terms["orthogonal"], terms
+
+
+def stage2_loss(
+    features: VisualFeatures, anchors: Tensor, scale: Tensor, batch: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stage 2's loss and its terms: segmentation at all levels, and cross-entropy of the raw cosines det . anchors."""
+    terms = segmentation_terms(features.patches, anchors, scale, batch)
+    cosines = (features.det.float().unsqueeze(1) @ anchors).squeeze(1)
+    terms["classification"] = F.cross_entropy(cosines, batch["label"])
+    return sum(terms.values()), terms
+
+
+class Prediction(NamedTuple):
+    """`maps` [B, S, S], higher where more anomalous, unbounded; `scores` [B], the detection scores, in [0, 1]."""
+
+    maps: Tensor
+    scores: Tensor
+
+
+def check_grid(grid: int, domain: str) -> None:
+    """Raise ValueError where the patch grid is too small for the domain's blur with reflected borders."""
+    kernel = BLUR[domain][0]
+    if grid <= kernel // 2:
+        raise ValueError(
+            f"A grid of {grid} x {grid} patches is too small for the {domain} blur of {kernel} patches: "
+            f"it takes at least {kernel // 2 + 1} x {kernel // 2 + 1}. Choose a larger --img_size."
+        )
+
+
+def anomaly_map(patches: list[Tensor], anchors: Tensor, scale: Tensor, size: int, domain: str) -> Tensor:
+    """Test map [B, size, size]: sum over levels of (scale * (abnormal - normal cosine) + 1) / 2, blurred and resized.
+
+    The published code blurs and resizes each level before the sum; both are linear, so once after it is the same.
+    """
+    cosines = sum(compare(level, anchors) for level in patches)
+    summed = (scale * (cosines[:, 1:] - cosines[:, :1]) + len(patches)) / 2
+    kernel, sigma = BLUR[domain]
+    return resize_map(gaussian_blur(summed, [kernel, kernel], [sigma, sigma]), size).squeeze(1)
+
+
+@torch.no_grad()
+def predict(
+    model: CrossAttentionCLIP,
+    images: Tensor,
+    class_names: list[str],
+    text: ClassText,
+    domain: str,
+    precision: str = "fp32",
+) -> Prediction:
+    """Anomaly maps and detection scores of images [B, 3, S, S]; all that evaluates a model calls this."""
+    features, anchors = encode(model, images, class_names, text, precision)
+    maps = anomaly_map(features.patches, anchors, model.backbone.scale, images.shape[-1], domain)
+    scores = ((features.det.float() * anchors[..., 1]).sum(dim=-1) + 1) / 2
+    return Prediction(maps, scores)

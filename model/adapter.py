@@ -1,0 +1,187 @@
+"""AA-CLIP's base model: residual adapters in the first blocks of a frozen CLIP, and projectors at its ends.
+
+Reproduces https://github.com/Mwxinnn/AA-CLIP (Ma et al., CVPR 2025, arXiv 2503.06661). Shapes: B images, N sets of
+P prompts (one set per class or per image), T = 1 + patches tokens (CLS first), L text tokens, W, D and E the image,
+text and embedding widths.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.backbone import Backbone, run_blocks
+
+LEAK = 0.01
+
+
+class Prompts(NamedTuple):
+    """Prompts after the frozen text block 0: `tokens` [N, P, L, D] and EOT positions `eot` [N, P]."""
+
+    tokens: Tensor
+    eot: Tensor
+
+
+class TextContext(NamedTuple):
+    """What image cross-attention looks at: `tokens` [B, P*L, D] and `mask` [B, P*L], False at padding."""
+
+    tokens: Tensor
+    mask: Tensor
+
+    @classmethod
+    def join(cls, prompts: Prompts) -> "TextContext":
+        """All tokens of each set of prompts as one sequence; what follows a prompt's EOT is padding."""
+        positions = torch.arange(prompts.tokens.shape[2], device=prompts.eot.device)
+        mask = positions <= prompts.eot.unsqueeze(-1)
+        return cls(prompts.tokens.flatten(1, 2), mask.flatten(1))
+
+
+class VisualFeatures(NamedTuple):
+    """All that one visual forward gives.
+
+    `patches`: V1..V4, four of [B, T-1, E], normalised; `det` [B, E], the detection feature, a mean of normalised
+    vectors; `cls` [B, E], the CLS feature through CLIP's own head, normalised.
+    """
+
+    patches: list[Tensor]
+    det: Tensor
+    cls: Tensor
+
+
+def _xavier(layer: nn.Linear) -> nn.Linear:
+    nn.init.xavier_uniform_(layer.weight)
+    return layer
+
+
+class SimpleAdapter(nn.Module):
+    """Linear and LeakyReLU without bias, [..., width] -> [..., width]; with `hidden`, a bottleneck of that width.
+
+    The published adapters have no bottleneck.
+    """
+
+    def __init__(self, width: int, hidden: int | None = None):
+        super().__init__()
+        widths = (width, width) if hidden is None else (width, hidden, width)
+        layers = []
+        for size_in, size_out in pairwise(widths):
+            layers += [_xavier(nn.Linear(size_in, size_out, bias=False)), nn.LeakyReLU(LEAK)]
+        self.fc = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class SimpleProj(nn.Module):
+    """Linear without bias, [..., size_in] -> [..., size_out], with `relu` followed by LeakyReLU."""
+
+    def __init__(self, size_in: int, size_out: int, relu: bool):
+        super().__init__()
+        layer = _xavier(nn.Linear(size_in, size_out, bias=False))
+        self.fc = nn.Sequential(layer, nn.LeakyReLU(LEAK)) if relu else layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def adapt(x: Tensor, adapter: nn.Module, weight: float) -> Tensor:
+    """w * a + (1 - w) * x, with a = adapter(x) brought to the norm of x, token by token."""
+    a = adapter(x)
+    a = a * x.norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True)
+    return weight * a + (1 - weight) * x
+
+
+class AdaptedCLIP(nn.Module):
+    """The base model: `text_adapter` trains in Stage 1, `image_adapter` in Stage 2, the backbone never.
+
+    `text_adapt_until` and `image_adapt_until` are the numbers of adapted blocks, counted from the first.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        text_adapt_until: int,
+        image_adapt_until: int,
+        text_adapt_weight: float = 0.1,
+        image_adapt_weight: float = 0.1,
+        relu: bool = False,
+        adapter_hidden: int | None = None,
+    ):
+        super().__init__()
+        for name, until, blocks in (
+            ("text_adapt_until", text_adapt_until, backbone.text_blocks),
+            ("image_adapt_until", image_adapt_until, backbone.image_blocks),
+        ):
+            if not 1 <= until <= len(blocks):
+                raise ValueError(f"--{name} {until}: expected 1 to {len(blocks)}, the blocks of {backbone.model_name}.")
+        self.backbone = backbone
+        self.text_adapt_weight = text_adapt_weight
+        self.image_adapt_weight = image_adapt_weight
+        text_width, image_width, embed = backbone.text_width, backbone.image_width, backbone.embed_dim
+        self.text_adapter = nn.ModuleList(SimpleAdapter(text_width, adapter_hidden) for _ in range(text_adapt_until))
+        self.text_adapter.append(SimpleProj(text_width, embed, relu=True))
+        self.image_adapter = nn.ModuleDict(
+            {
+                "layer_adapters": nn.ModuleList(
+                    SimpleAdapter(image_width, adapter_hidden) for _ in range(image_adapt_until)
+                ),
+                "seg_proj": nn.ModuleList(SimpleProj(image_width, embed, relu) for _ in backbone.levels),
+                "det_proj": SimpleProj(image_width, embed, relu),
+            }
+        )
+
+    def visual(self, images: Tensor, text_context: TextContext | None = None) -> VisualFeatures:
+        """The visual forward: normalised pixels [B, 3, S, S] -> V1..V4, det and CLS."""
+        backbone = self.backbone
+        x, levels = run_blocks(
+            backbone.image_blocks,
+            backbone.embed_images(images),
+            after_block=lambda index, tokens: self.after_image_block(index, tokens, text_context),
+            keep=backbone.levels,
+        )
+        last = backbone.clip.visual.ln_post(x[:, 1:])
+        det = F.normalize(self.image_adapter["det_proj"](last), dim=-1).mean(dim=1)
+        cls = F.normalize(backbone.project_image(x[:, 0]), dim=-1)
+        return VisualFeatures(self.project_levels(levels), det, cls)
+
+    def after_image_block(self, index: int, x: Tensor, text_context: TextContext | None) -> Tensor:
+        """What follows ViT block `index`, [B, T, W] -> [B, T, W]: its adapter, where it has one."""
+        return self.adapt_image(index, x)
+
+    def adapt_image(self, index: int, x: Tensor) -> Tensor:
+        """Tokens [..., W] through the adapter of ViT block `index`; unchanged where the block has none."""
+        adapters = self.image_adapter["layer_adapters"]
+        return adapt(x, adapters[index], self.image_adapt_weight) if index < len(adapters) else x
+
+    def project_levels(self, levels: dict[int, Tensor]) -> list[Tensor]:
+        """Tokens {level: [B, T, W]} through `ln_post` and the trained projectors -> V1..V4, each [B, T-1, E]."""
+        ln_post = self.backbone.clip.visual.ln_post
+        return [
+            F.normalize(proj(ln_post(levels[level][:, 1:])), dim=-1)
+            for level, proj in zip(self.backbone.levels, self.image_adapter["seg_proj"], strict=True)
+        ]
+
+    def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:
+        """The text forward: prompts after block 0 -> embeddings [N, P, E], not normalised."""
+        x = self.after_text_block(0, prompts.tokens, image_context)
+        x = self.backbone.later_text_blocks(
+            x.flatten(0, 1), lambda index, tokens: self.after_text_block(index, tokens, image_context)
+        )
+        x = self.backbone.end_of_text(x, prompts.eot.flatten())
+        return self.text_adapter[-1](x).unflatten(0, prompts.eot.shape)
+
+    def after_text_block(self, index: int, x: Tensor, image_context: Tensor | None) -> Tensor:
+        """What follows text block `index`: its adapter, where it has one. After block 0, `x` is [N, P, L, D]."""
+        return self.adapt_text(index, x)
+
+    def adapt_text(self, index: int, x: Tensor) -> Tensor:
+        """Tokens [..., D] through the adapter of text block `index`; unchanged where the block has none."""
+        adapters = self.text_adapter[:-1]  # the last one is the projector
+        return adapt(x, adapters[index], self.text_adapt_weight) if index < len(adapters) else x
+
+    @torch.no_grad()
+    def context_prompts(self, prompts: Prompts) -> Prompts:
+        """The prompts after block 0 and its adapter, without any image in them: the text context, prompt by prompt."""
+        return Prompts(self.adapt_text(0, prompts.tokens), prompts.eot)

@@ -1,0 +1,150 @@
+"""The two cross-attentions and the model that adds them to AA-CLIP's base.
+
+    x + w * out_proj(attention(q_proj(LN(x)), k_proj(LN(context)), v_proj(LN(context))))
+
+`out_proj` starts at zero: before the first step the extended model is the base model. Shapes as in `model.adapter`.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.adapter import AdaptedCLIP, Prompts, TextContext, VisualFeatures
+from model.backbone import Backbone
+
+HEADS = 8
+# The modules that train, by the names they have in checkpoints, stage by stage.
+STAGE_MODULES = {"text": ("text_adapter", "text_cross_attn"), "image": ("image_adapter", "image_cross_attn")}
+MODULES = (*STAGE_MODULES["text"], *STAGE_MODULES["image"])
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that rebuilds a model, apart from its weights; stored in every checkpoint."""
+
+    model_name: str
+    img_size: int
+    text_adapt_until: int
+    image_adapt_until: int
+    quick_gelu: bool = False
+    relu: bool = False
+    adapter_hidden: int | None = None
+    text_adapt_weight: float = 0.1
+    image_adapt_weight: float = 0.1
+    text_cross_attn: bool = False
+    image_cross_attn: bool = False
+    text_cross_attn_weight: float = 0.1
+    image_cross_attn_weight: float = 0.1
+    image_context: str = "adapted"
+
+    def to_dict(self) -> dict:
+        """As plain Python types."""
+        return asdict(self)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of `x` [B, Q, query_width] over `context` [B, K, context_width], added to `x`.
+
+    Layer norms have no learned parameters. No gate and no dropout. `mask` [B, K] is False where `context` is padding.
+    """
+
+    def __init__(self, query_width: int, context_width: int, inner_width: int, weight: float):
+        super().__init__()
+        if inner_width % HEADS:
+            raise ValueError(f"Cross-attention has {HEADS} heads: a width of {inner_width} cannot be split.")
+        self.weight = weight
+        self.q_proj = nn.Linear(query_width, inner_width)
+        self.k_proj = nn.Linear(context_width, inner_width)
+        self.v_proj = nn.Linear(context_width, inner_width)
+        self.out_proj = nn.Linear(inner_width, query_width)
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        if len(x) != len(context):
+            raise ValueError(f"Each of the {len(x)} queries needs its own context, found {len(context)}.")
+        context = F.layer_norm(context, context.shape[-1:])
+        query = self.q_proj(F.layer_norm(x, x.shape[-1:]))
+        heads = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # B T inner -> B heads T inner/heads
+            for part in (query, self.k_proj(context), self.v_proj(context))
+        )
+        if mask is not None:
+            mask = mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return x + self.weight * self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttentionModule(CrossAttention):
+    """Text -> image: the prompts' tokens look at the image context [B, patches + 1, E]."""
+
+    def __init__(self, backbone: Backbone, weight: float):
+        super().__init__(backbone.text_width, backbone.embed_dim, backbone.text_width, weight)
+
+
+class ImageCrossAttentionModule(CrossAttention):
+    """Image -> text: CLS and patch tokens look at the text context [B, P*L, D]."""
+
+    def __init__(self, backbone: Backbone, weight: float):
+        super().__init__(backbone.image_width, backbone.text_width, backbone.text_width, weight)
+
+
+class CrossAttentionCLIP(AdaptedCLIP):
+    """AA-CLIP with text and image cross-attention, each of them None where `config` switches it off.
+
+    With both off it is the base model. A module that is on needs its context: a missing one raises ValueError.
+    """
+
+    def __init__(self, backbone: Backbone, config: ModelConfig):
+        super().__init__(
+            backbone,
+            text_adapt_until=config.text_adapt_until,
+            image_adapt_until=config.image_adapt_until,
+            text_adapt_weight=config.text_adapt_weight,
+            image_adapt_weight=config.image_adapt_weight,
+            relu=config.relu,
+            adapter_hidden=config.adapter_hidden,
+        )
+        self.config = config
+        self.text_cross_attn = (
+            CrossAttentionModule(backbone, config.text_cross_attn_weight) if config.text_cross_attn else None
+        )
+        self.image_cross_attn = (
+            ImageCrossAttentionModule(backbone, config.image_cross_attn_weight) if config.image_cross_attn else None
+        )
+
+    def visual(self, images: Tensor, text_context: TextContext | None = None) -> VisualFeatures:
+        if self.image_cross_attn is not None and text_context is None:
+            raise ValueError("Image cross-attention is on, so the visual forward needs a text context.")
+        return super().visual(images, text_context)
+
+    def after_image_block(self, index: int, x: Tensor, text_context: TextContext | None) -> Tensor:
+        if index == 0 and self.image_cross_attn is not None:
+            x = self.image_cross_attn(x, text_context.tokens, text_context.mask)
+        return super().after_image_block(index, x, text_context)
+
+    def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:
+        if self.text_cross_attn is not None and image_context is None:
+            raise ValueError("Text cross-attention is on, so the text forward needs an image context.")
+        return super().text(prompts, image_context)
+
+    def after_text_block(self, index: int, x: Tensor, image_context: Tensor | None) -> Tensor:
+        if index == 0 and self.text_cross_attn is not None:
+            # All tokens of an image's prompts are queries of one attention over that image.
+            x = self.text_cross_attn(x.flatten(1, 2), image_context).view_as(x)
+        return super().after_text_block(index, x, image_context)
+
+    def trainable(self, stage: str | None = None) -> dict[str, nn.Module]:
+        """{name: module} of what trains, in `stage` ("text" or "image") or in both; without what is switched off."""
+        names = STAGE_MODULES[stage] if stage else MODULES
+        return {name: module for name in names if (module := getattr(self, name)) is not None}
+
+    def set_stage(self, stage: str | None) -> None:
+        """Let the modules of `stage` have gradients, and no others."""
+        self.requires_grad_(False)
+        for module in self.trainable(stage).values() if stage else ():
+            module.requires_grad_(True)

@@ -1,0 +1,383 @@
+"""The frozen CLIP: its configuration and weight files (by open_clip), and one walk through the blocks of a tower.
+
+Shapes: B images, T = 1 + patches tokens (CLS first), W the image width, N prompts, L text tokens, D the text
+width, E the embedding width. Blocks count from 0; a level is a number of blocks done, so level 6 is the
+output of block 5.
+"""
+
+import hashlib
+import logging
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import resize_pos_embed
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_MODEL = "ViT-L-14-336"
+# AA-CLIP adapts the 336 px model at 518 px (37 x 37 patches); every other model keeps the size of its configuration.
+ADAPTED_SIZES = {DEFAULT_MODEL: 518}
+WEIGHT_FOLDERS = ("ckpt", "model")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
+# Entries of OpenAI's state dicts that are no weights.
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+
+open_clip.add_model_config(Path(__file__).parent / "configs")
+
+
+def clip_config(model_name: str, img_size: int | None = None, quick_gelu: bool = False) -> dict:
+    """open_clip's configuration of `model_name` at `img_size` pixels (None: 518 for ViT-L-14-336, else its own).
+
+    The activation is plain GELU unless `quick_gelu`: AA-CLIP built OpenAI's ViT-L-14-336 so, although OpenAI
+    trained it with quick-GELU, and every published base was adapted on that backbone.
+    Raises ValueError for an unknown name and for a size that is no multiple of the patch.
+    """
+    config = open_clip.get_model_config(model_name)
+    if config is None:
+        raise ValueError(
+            f"--model_name {model_name}: open_clip has no such model. Choose {DEFAULT_MODEL}, demo, or another "
+            f"ViT of open_clip.list_models()."
+        )
+    vision = config["vision_cfg"]
+    unsupported = {"custom_text", "multimodal_cfg"} & config.keys() or "patch_size" not in vision
+    if unsupported:
+        raise ValueError(f"--model_name {model_name}: only CLIP models with open_clip's own ViT are supported.")
+    size = img_size or ADAPTED_SIZES.get(model_name, vision["image_size"])
+    patch = vision["patch_size"]
+    if size < patch or size % patch:
+        lower = max(size // patch, 1) * patch
+        raise ValueError(
+            f"--img_size {size}: expected a multiple of {model_name}'s patch of {patch} px, "
+            f"for instance {lower} or {lower + patch}."
+        )
+    config["quick_gelu"] = quick_gelu
+    vision["image_size"] = size
+    return config
+
+
+def default_adapters(config: dict) -> dict[str, int]:
+    """How many blocks of each tower AA-CLIP adapts, from the first: a quarter of them, as 6 of 24 and 3 of 12."""
+    return {
+        f"{tower}_adapt_until": max(1, config[f"{key}_cfg"]["layers"] // 4)
+        for tower, key in (("text", "text"), ("image", "vision"))
+    }
+
+
+def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Path | None:
+    """The weight file of `model_name`: `clip_weights`, else a known name in ckpt/ or model/, else open_clip's download.
+
+    None for the demo model where it has no file. Raises FileNotFoundError that lists what was tried.
+    """
+    if clip_weights is not None:
+        if not Path(clip_weights).is_file():
+            raise FileNotFoundError(f"--clip_weights {clip_weights}: no such file.")
+        return Path(clip_weights)
+    names = [f"{stem}{suffix}" for stem in (model_name, f"{model_name}px") for suffix in WEIGHT_SUFFIXES]
+    folders = list(dict.fromkeys(root / folder for root in (REPOSITORY, Path.cwd()) for folder in WEIGHT_FOLDERS))
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    if model_name == "demo":
+        return None
+    source = open_clip.get_pretrained_cfg(model_name, "openai")
+    reason = "open_clip lists no OpenAI weights for it"
+    if source:
+        try:
+            return Path(open_clip.download_pretrained(source))
+        except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
+            reason = f"download failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    url = source.get("url") if source else "a checkpoint of this model"
+    raise FileNotFoundError(
+        f"No weights for {model_name}.\n"
+        f"  tried: {', '.join(names)}\n"
+        f"  in:    {', '.join(str(folder) for folder in folders)}\n"
+        f"  and:   {reason}\n"
+        f"Download {url} into {folders[0]}, or give the file with --clip_weights FILE."
+    )
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """State dict, in float32, of a TorchScript archive (OpenAI's), a .pt/.pth/.bin state dict or a .safetensors file.
+
+    Raises ValueError where the file is none of these or is damaged.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        elif _is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling, zip, safetensors and TorchScript errors share no base class
+        raise ValueError(f"{path}: not readable as CLIP weights ({type(error).__name__}: {error}).") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors, found {type(state).__name__}.")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """SHA-256 over the float32 tensors sorted by name, so that one set of weights agrees in every file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def self_attention(attention: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Multi-head self-attention of `x` [B, T, W] with CLIP's own weights; `mask` [T, T] is added to the scores.
+
+    The projections are called directly: `nn.MultiheadAttention` takes another path where gradients are off, so
+    its results differ between grad modes, and it computes gradients of frozen weights' inputs more slowly.
+    """
+    query, key, value = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+    heads = (_split_heads(part, attention.num_heads) for part in (query, key, value))
+    return attention.out_proj(_join_heads(F.scaled_dot_product_attention(*heads, attn_mask=mask)))
+
+
+def vv_attention(attention: nn.MultiheadAttention, x: Tensor, across_batch: bool) -> Tensor:
+    """softmax(v v^T / sqrt(d)) v per head, d the head's width, on `x` [B, T, W] (AA-CLIP's "surgery").
+
+    `across_batch` attends to the same position in the other images of the batch, as the published code does (it
+    reads [T, B, W] as [B, T, W]); otherwise each token attends to the tokens of its own image.
+    """
+    width = x.shape[-1]
+    value = F.linear(x, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
+    if across_batch:
+        value = value.transpose(0, 1)
+    value = _split_heads(value, attention.num_heads)
+    x = _join_heads(F.scaled_dot_product_attention(value, value, value))
+    return attention.out_proj(x.transpose(0, 1) if across_batch else x)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # B T W -> B heads T W/heads
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    attend: Callable[[nn.MultiheadAttention, Tensor], Tensor] = self_attention,
+    start: int = 0,
+    stop: int | None = None,
+    after_block: Callable[[int, Tensor], Tensor] | None = None,
+    keep: Iterable[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Walk `x` [B, T, W] through `blocks[start:stop]`; every forward pass of the program goes through here.
+
+    `after_block(i, x)` replaces the output of block i (adapters, cross-attention). Returns the last tokens and
+    {level: tokens} for the levels of `keep` that were passed, taken after `after_block`.
+    """
+    kept = {}
+    for index in range(start, len(blocks) if stop is None else stop):
+        block = blocks[index]
+        x = x + block.ls_1(attend(block.attn, block.ln_1(x)))
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        if after_block is not None:
+            x = after_block(index, x)
+        if index + 1 in keep:
+            kept[index + 1] = x
+    return x, kept
+
+
+class Backbone(nn.Module):
+    """A frozen CLIP in eval mode. Every size the program uses is read from here.
+
+    `sha256` names the weights (None where they are known to nobody, as in tests).
+    """
+
+    def __init__(self, clip: open_clip.CLIP, model_name: str, quick_gelu: bool = False, sha256: str | None = None):
+        super().__init__()
+        blocks = [*clip.visual.transformer.resblocks, *clip.transformer.resblocks]
+        if not isinstance(clip.visual, VisionTransformer) or clip.visual.attn_pool is not None:
+            raise ValueError(f"{model_name}: expected open_clip's VisionTransformer with a class token.")
+        activation = QuickGELU if quick_gelu else nn.GELU
+        for block in blocks:
+            if type(block) is not ResidualAttentionBlock or type(block.mlp.gelu) is not activation:
+                raise ValueError(f"{model_name}: expected residual attention blocks with {activation.__name__}.")
+        self.clip = clip.eval().requires_grad_(False)
+        self.model_name, self.quick_gelu, self.sha256 = model_name, quick_gelu, sha256
+        self.image_blocks = clip.visual.transformer.resblocks
+        self.text_blocks = clip.transformer.resblocks
+        self.img_size = clip.visual.image_size[0]
+        self.grid = clip.visual.grid_size[0]
+        self.image_width = clip.visual.ln_post.normalized_shape[0]
+        self.text_width = clip.ln_final.normalized_shape[0]
+        self.embed_dim = clip.visual.output_dim
+        depth = len(self.image_blocks)
+        self.levels = tuple(depth * k // 4 for k in range(1, 5))
+        self.default_vv_start = 5 * depth // 24
+        self._tokenizer = open_clip.get_tokenizer(model_name)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: the backbone is frozen."""
+        return super().train(False)
+
+    @property
+    def scale(self) -> Tensor:
+        """Temperature of similarity maps: CLIP's own, at most 100 (exactly 100 for OpenAI's models)."""
+        return self.clip.logit_scale.exp().clamp(max=100.0)
+
+    # image tower
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> tokens [B, T, W] before block 0."""
+        expected = (3, self.img_size, self.img_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], found {list(images.shape)}.")
+        return self.clip.visual._embeds(images)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
+        """CLIP's own head on any image tokens: ln_post and projection, [..., W] -> [..., E], not normalised."""
+        return self.clip.visual.ln_post(tokens) @ self.clip.visual.proj
+
+    @torch.no_grad()
+    def plain_tokens(self, images: Tensor) -> dict[int, Tensor]:
+        """{level: [B, T, W]} of CLIP as it is, at the four levels."""
+        return run_blocks(self.image_blocks, self.embed_images(images), keep=self.levels)[1]
+
+    @torch.no_grad()
+    def vv_tokens(
+        self, images: Tensor, vv_start: int, across_batch: bool = True
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Tokens at the four levels with V-V attention from block `vv_start` on, and those of CLIP as it is.
+
+        Both walks share the blocks before `vv_start`. Returns two dicts {level: [B, T, W]}.
+        """
+        blocks = self.image_blocks
+
+        def attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+            return vv_attention(attention, x, across_batch)
+
+        x, shared = run_blocks(blocks, self.embed_images(images), stop=vv_start, keep=self.levels)
+        _, surgery = run_blocks(blocks, x, attend, start=vv_start, keep=self.levels)
+        _, plain = run_blocks(blocks, x, start=vv_start, keep=self.levels)
+        return {**shared, **surgery}, {**shared, **plain}
+
+    # text tower
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids [N, L], cropped to the longest prompt: what follows the last EOT changes nothing.
+
+        Raises ValueError for a prompt over the context length, which CLIP's tokenizer would cut silently.
+        """
+        limit = self.clip.context_length
+        for prompt in prompts:
+            length = len(self._tokenizer.encode(prompt)) + 2  # start and end of text
+            if length > limit:
+                raise ValueError(
+                    f"A prompt has {length} tokens, and CLIP reads at most {limit}: '{prompt}'. Shorten the class name."
+                )
+        ids = self._tokenizer(prompts, context_length=limit)
+        return ids[:, : int(ids.argmax(dim=-1).max()) + 1].to(self.scale.device)
+
+    def causal_mask(self, length: int) -> Tensor:
+        """CLIP's additive causal mask for prompts cropped to `length` tokens, [L, L]."""
+        return self.clip.attn_mask[:length, :length]
+
+    @torch.no_grad()
+    def first_text_block(self, ids: Tensor) -> Tensor:
+        """Token ids [N, L] -> tokens [N, L, D] after text block 0."""
+        length = ids.shape[1]
+        x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
+        return self.later_text_blocks(x, start=0, stop=1)
+
+    def later_text_blocks(
+        self,
+        x: Tensor,
+        after_block: Callable[[int, Tensor], Tensor] | None = None,
+        start: int = 1,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Tokens [N, L, D] through the text blocks `start` to `stop` under the causal mask."""
+        mask = self.causal_mask(x.shape[1])
+        return run_blocks(self.text_blocks, x, lambda attn, y: self_attention(attn, y, mask), start, stop, after_block)[
+            0
+        ]
+
+    def end_of_text(self, x: Tensor, eot: Tensor) -> Tensor:
+        """Tokens [N, L, D] after the last block, EOT positions [N] -> `ln_final` at the EOT token, [N, D]."""
+        return self.clip.ln_final(x[torch.arange(len(x), device=x.device), eot])
+
+
+def load_backbone(
+    model_name: str = DEFAULT_MODEL,
+    img_size: int | None = None,
+    quick_gelu: bool = False,
+    clip_weights: str | Path | None = None,
+) -> Backbone:
+    """Build `model_name` at `img_size` px with its weights; positional embeddings are resized bicubic, antialiased.
+
+    Raises ValueError (configuration, or a weight that is missing, unknown or of another shape) or FileNotFoundError.
+    """
+    config = clip_config(model_name, img_size, quick_gelu)
+    path = find_weights(model_name, clip_weights)
+    if path is None:
+        logger.warning("%s: random weights from a fixed seed, for trying the program; scores mean nothing.", model_name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # At the configuration's own size, so that these weights do not depend on --img_size.
+            state = open_clip.CLIP(**clip_config(model_name, open_clip_size(model_name), quick_gelu)).state_dict()
+    else:
+        logger.info("CLIP weights: %s", path)
+        state = read_weights(path)
+    sha256 = weights_sha256(state)
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**config)
+    resize_pos_embed(state, clip)
+    _check_state(clip.state_dict(), state, path or model_name)
+    clip.load_state_dict(state, assign=True)
+    clip.attn_mask = _causal_mask(clip.context_length)  # a buffer outside the state dict
+    return Backbone(clip, model_name, quick_gelu, sha256)
+
+
+def empty_backbone(model_name: str = DEFAULT_MODEL, img_size: int | None = None) -> Backbone:
+    """The backbone without weights (on the meta device), for counting parameters."""
+    with torch.device("meta"):
+        return Backbone(open_clip.CLIP(**clip_config(model_name, img_size)), model_name)
+
+
+def open_clip_size(model_name: str) -> int:
+    """Image size in pixels of the model's own configuration."""
+    return open_clip.get_model_config(model_name)["vision_cfg"]["image_size"]
+
+
+def _causal_mask(length: int) -> Tensor:
+    return torch.full((length, length), float("-inf")).triu_(1)
+
+
+def _check_state(expected: dict[str, Tensor], found: dict[str, Tensor], source: str | Path) -> None:
+    for name in expected.keys() | found.keys():
+        if name not in found:
+            raise ValueError(f"{source}: weight '{name}' is missing; is this a file of that CLIP model?")
+        if name not in expected:
+            raise ValueError(f"{source}: weight '{name}' is unknown to the model; is this a file of that CLIP model?")
+        if expected[name].shape != found[name].shape:
+            raise ValueError(
+                f"{source}: '{name}' has shape {list(found[name].shape)}, expected {list(expected[name].shape)}."
+            )

@@ -1,0 +1,219 @@
+"""Test checkpoints beside the base they started from, on the same images.
+
+    python test.py --ckpt ckpt/<run>/loop_3.pth --dataset MVTec
+
+--ckpt takes loop files, run folders (all their loops) and base models; several at once. Prints a table per data set
+and writes a CSV file beside each checkpoint.
+"""
+
+import argparse
+import csv
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset.constants import BLUR
+from dataset.images import AnomalyDataset, make_loader
+from dataset.records import DataSet, open_dataset
+from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.backbone import load_backbone
+from utils import arguments
+from utils.checkpoints import TEXT_FILE, Checkpoint, build_model, load_checkpoint, loop_files
+from utils.cli import run_script
+from utils.logs import progress
+from utils.metrics import METRICS, ClassScores, mean_over_classes
+
+logger = logging.getLogger("test")
+
+AVERAGE = "average"
+
+
+@dataclass
+class Tested:
+    """A model under test: its results by class, and the base it is compared with (None for a base)."""
+
+    checkpoint: Checkpoint
+    model: CrossAttentionCLIP
+    base: "Tested | None" = None
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        path = self.checkpoint.path
+        name = f"{path.parent.name}/{path.stem}" if self.checkpoint.is_loop_file else path.name
+        return name if self.base else f"{name} (base)"
+
+    def trained_on(self) -> set[str]:
+        """Data sets that the model has seen, as far as the checkpoint tells."""
+        names = {self.checkpoint.base.get("dataset"), (self.checkpoint.training or {}).get("dataset")}
+        return {name for name in names if name}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("--ckpt", type=Path, nargs="+", required=True, help="loop files, run folders or base models")
+    parser.add_argument(
+        "--dataset", nargs="+", default=["MVTec"], help="data sets: known names or folders under --data_root"
+    )
+    parser.add_argument("--domain", choices=tuple(BLUR), help="of data sets that are not known; without it industrial")
+    parser.add_argument(
+        "--batch_size", type=arguments.at_least(1), default=8, help="images per forward; results do not depend on it"
+    )
+    arguments.add_model_arguments(parser)
+    arguments.add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def checkpoints_of(path: Path) -> list[Checkpoint]:
+    """The checkpoints that an argument of --ckpt names: one, or all loops of a run folder."""
+    if path.is_dir() and not (path / TEXT_FILE).is_file() and loop_files(path):
+        return [load_checkpoint(file) for file in loop_files(path)]
+    return [load_checkpoint(path)]
+
+
+def base_path(checkpoint: Checkpoint) -> Path | None:
+    """The loop_0.pth that a loop is compared with; None for a base. Raises FileNotFoundError where it is missing."""
+    if not checkpoint.is_loop_file or checkpoint.loop == 0:
+        return None
+    beside = checkpoint.path.parent / "loop_0.pth"
+    if not beside.is_file():
+        raise FileNotFoundError(f"{beside}: missing; {checkpoint.path.name} is compared with the base beside it.")
+    return beside.resolve()
+
+
+def collect(paths: list[Path]) -> dict[Path, Checkpoint]:
+    """Every checkpoint asked for, by its resolved path, and the bases, each before what is compared with it."""
+    found = {}
+    for path in paths:
+        for checkpoint in checkpoints_of(path):
+            base = base_path(checkpoint)
+            if base is not None and base not in found:
+                found[base] = load_checkpoint(base)
+            found.setdefault(checkpoint.path.resolve(), checkpoint)
+    return found
+
+
+def load_models(args: argparse.Namespace) -> list[Tested]:
+    """Every checkpoint asked for and its base, all on one backbone. Raises ValueError where theirs differ."""
+    device = arguments.device_of(args)
+    tested: dict[Path, Tested] = {}
+    shared = backbone = None
+    for path, checkpoint in collect(args.ckpt).items():
+        config, assumed = arguments.resolve_model(args, checkpoint)
+        if assumed:
+            logger.info("%s names no backbone. Assumed: %s", checkpoint.path, " ".join(assumed))
+        own = (config.model_name, config.img_size, config.quick_gelu)
+        if backbone is None:
+            shared, backbone = own, load_backbone(*own, args.clip_weights)
+        if own != shared:
+            raise ValueError(
+                f"{checkpoint.path}: its backbone (name, size in px, quick-GELU) is {own}, that of the others {shared}. "
+                "Test them in two calls."
+            )
+        model = build_model(config, backbone, checkpoint, device)
+        model.set_stage(None)
+        base = base_path(checkpoint)
+        tested[path] = Tested(checkpoint, model, tested[base] if base else None)
+    return list(tested.values())
+
+
+def evaluate(tested: list[Tested], data: DataSet, args: argparse.Namespace) -> None:
+    """Fill in the results of every model on `data`, class by class, in one pass over the images."""
+    backbone = tested[0].model.backbone
+    check_grid(backbone.grid, data.domain)
+    bank = PromptBank(backbone, data.descriptions)
+    texts = [ClassText(each.model, bank, fixed=True) for each in tested]
+    for each in tested:
+        each.results.clear()
+    with progress(total=len(data.records), desc=data.name, unit="image") as bar:
+        for class_name in data.descriptions:
+            scores = [ClassScores(data.domain) for _ in tested]
+            images = AnomalyDataset(data.folder, data.of_class(class_name), backbone.img_size)
+            for batch in make_loader(images, args.batch_size, arguments.workers_of(args)):
+                pixels = batch["image"].to(backbone.scale.device)
+                for each, text, kept in zip(tested, texts, scores, strict=True):
+                    kept.add(
+                        *predict(each.model, pixels, batch["class_name"], text, data.domain, args.precision), batch
+                    )
+                bar.update(len(pixels))
+            for each, kept in zip(tested, scores, strict=True):
+                each.results[class_name] = kept.metrics()
+    for each in tested:
+        each.results[AVERAGE] = mean_over_classes(list(each.results.values()))
+
+
+def differences(each: Tested, class_name: str) -> dict[str, float]:
+    """Results less the base's; NaN where a metric is undefined."""
+    return {name: each.results[class_name][name] - each.base.results[class_name][name] for name in METRICS}
+
+
+def percent(value: float, signed: bool = False) -> str:
+    """A metric in percent, or n/a."""
+    return "n/a" if math.isnan(value) else f"{100 * value:{'+' if signed else ''}.2f}"
+
+
+def table(tested: list[Tested]) -> str:
+    """Results of all models, class by class, and for those with a base the differences, in percent."""
+    width = max(24, *(len(each.name) + 4 for each in tested))
+    lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):>14}" for name in METRICS)]
+    for class_name in tested[0].results:
+        lines.append(class_name)
+        for each in tested:
+            lines.append(
+                f"  {each.name:{width - 2}}" + "".join(f"{percent(each.results[class_name][m]):>14}" for m in METRICS)
+            )
+            if each.base:
+                moved = differences(each, class_name)
+                lines.append(
+                    f"  {'  less its base':{width - 2}}" + "".join(f"{percent(moved[m], True):>14}" for m in METRICS)
+                )
+    return "\n".join(lines)
+
+
+def write_csv(each: Tested, data: DataSet) -> Path:
+    """Write a model's results beside its checkpoint: <loop>_<data set>.csv, in a base's folder base_<data set>.csv."""
+    path = each.checkpoint.path
+    stem = path.with_suffix("") if each.checkpoint.is_loop_file else path / "base"
+    file_path = stem.with_name(f"{stem.name}_{data.name}.csv")
+    rows = []
+    for class_name, found in each.results.items():
+        records = data.records if class_name == AVERAGE else data.of_class(class_name)
+        row = {"checkpoint": path.as_posix(), "dataset": data.name, "class": class_name}
+        row |= {"normal": sum(r.label == 0 for r in records), "anomalous": sum(r.label for r in records)}
+        row |= found
+        if each.base:
+            row |= {f"{name}_base": value for name, value in each.base.results[class_name].items()}
+            row |= {f"{name}_difference": value for name, value in differences(each, class_name).items()}
+        rows.append(row | {"trained_on_this_data_set": data.name in each.trained_on()})
+    with open(file_path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(
+            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows
+        )
+    return file_path
+
+
+def main() -> None:
+    args = parse_arguments()
+    data_sets = [open_dataset(name, args.data_root, args.domain) for name in args.dataset]
+    tested = load_models(args)
+    for data in data_sets:
+        evaluate(tested, data, args)
+        print(f"\n{data.name}: {len(data.records)} images, in percent\n{table(tested)}")
+        files = [write_csv(each, data) for each in tested]
+        for each in tested:
+            if data.name in each.trained_on():
+                logger.warning(
+                    "NOT ZERO-SHOT: %s was trained on %s, the data set of this test. "
+                    "These numbers say how well it fits, not how well it transfers.",
+                    each.name,
+                    data.name,
+                )
+        logger.info("Wrote %s", ", ".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    run_script(main)

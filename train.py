@@ -1,0 +1,94 @@
+"""Train an AA-CLIP base model: Stage 1 adapts the text side, Stage 2 the image side.
+
+    python train.py --dataset VisA
+
+Writes AA-CLIP's text_adapter.pth and image_adapter.pth, and state.pth, train.log and log.csv; the same command run
+again goes on where it stopped.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from forward_utils_cross_attention import check_grid
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.backbone import empty_backbone, load_backbone
+from utils import arguments, checkpoints
+from utils.cli import run_script
+from utils.engine import Trainer, load_training_data, run_header
+from utils.logs import log_to_file
+from utils.plan import Stage, describe_plan, plan_stages
+
+logger = logging.getLogger("train")
+
+FILES = {"text": checkpoints.TEXT_FILE, "image": checkpoints.IMAGE_FILE}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("--save_path", type=Path, default="ckpt/baseline", help="folder of the run")
+    parser.add_argument("--text_epoch", type=arguments.at_least(1), nargs=1, default=[5], help="epochs of Stage 1")
+    parser.add_argument("--image_epoch", type=arguments.at_least(1), nargs=1, default=[20], help="epochs of Stage 2")
+    arguments.add_training_arguments(parser, stage1_levels="last")
+    arguments.add_model_arguments(parser)
+    arguments.add_run_arguments(parser)
+    # A base model is one loop without the extension.
+    parser.set_defaults(
+        feedback="off", lr_decay=1.0, optimizer_state="reset", text_cross_attn_lr=None, image_cross_attn_lr=None
+    )
+    return parser.parse_args()
+
+
+def on_stage_end(trainer: Trainer, stage: Stage) -> None:
+    """Write AA-CLIP's file of the stage, with what rebuilds the model beside it."""
+    name = f"{stage.name}_adapter"
+    path = trainer.folder / FILES[stage.name]
+    content = {
+        "epoch": stage.epochs,
+        name: checkpoints.states(trainer.model)[name],
+        f"{stage.name}_optimizer": trainer.optimizer_states[stage.name],
+        "config": trainer.header["config"],
+        "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
+    }
+    checkpoints.save(content, path)
+    logger.info("Saved %s", path)
+
+
+def main() -> None:
+    args = parse_arguments()
+    config, _ = arguments.resolve_model(args)
+    settings = arguments.settings_of(args)
+    folder = args.save_path
+    stages = plan_stages(settings, range(1, 2))
+    if args.dry_run:
+        files = [*FILES.values(), "state.pth", "train.log", "log.csv"]
+        print(
+            describe_plan(
+                CrossAttentionCLIP(empty_backbone(config.model_name, config.img_size), config), stages, folder, files
+            )
+        )
+        return
+    header = run_header(config, settings, base={})
+    state = checkpoints.open_run(folder, header, loops=1)
+    if state and state["position"][0] > 1:
+        logger.info("%s is trained already.", folder)
+        return
+    device = arguments.device_of(args)
+    data = load_training_data(settings, args.data_root)
+    backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, args.clip_weights)
+    check_grid(backbone.grid, data.domain)
+    model = checkpoints.build_model(config, backbone, None, device, settings.seed)
+    trainer = Trainer(model, data, settings, stages, folder, header, on_stage_end, arguments.workers_of(args))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    log_to_file(folder / "train.log")
+    if state:
+        trainer.restore(state)
+    else:
+        trainer.save()
+    trainer.run()
+    logger.info("Done. Extend it: python train_cross_attention.py --resume %s --dataset %s", folder, args.dataset)
+
+
+if __name__ == "__main__":
+    run_script(main)

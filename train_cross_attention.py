@@ -1,0 +1,186 @@
+"""Add text and image cross-attention to a trained AA-CLIP base and train Stage 1 -> Stage 2 in N loops.
+
+    python train_cross_attention.py --loops 3 --resume ckpt/Visa_base_full_1216
+
+Each loop's Stage 1 looks through what the last Stage 2 learned (--feedback). Nothing is re-initialised between loops.
+Writes loop_0.pth (the base) to loop_N.pth, state.pth, train.log and log.csv; the same command run again goes on where
+it stopped.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from forward_utils_cross_attention import FEEDBACK, check_grid
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.backbone import empty_backbone, load_backbone
+from utils import arguments, checkpoints
+from utils.checkpoints import Checkpoint, load_checkpoint
+from utils.cli import run_script
+from utils.engine import Trainer, load_training_data, run_header
+from utils.logs import log_to_file
+from utils.plan import Stage, describe_plan, plan_stages
+
+logger = logging.getLogger("train_cross_attention")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("--resume", type=Path, help="base model (AA-CLIP's folder) or loop file to start from")
+    parser.add_argument(
+        "--loops", type=arguments.at_least(1), default=3, help="number of the last loop of Stage 1 and Stage 2"
+    )
+    parser.add_argument("--save_path", type=Path, help="folder of the run; without it ckpt/<name of the base>_feedback")
+    group = parser.add_argument_group("cross-attention")
+    off = {"action": "store_false", "default": None}
+    group.add_argument("--no_text_cross_attn", dest="text_cross_attn", help="without text -> image", **off)
+    group.add_argument("--no_image_cross_attn", dest="image_cross_attn", help="without image -> text", **off)
+    group.add_argument("--text_cross_attn_weight", type=float, help="weight of its added term [0.1]")
+    group.add_argument("--image_cross_attn_weight", type=float, help="weight of its added term [0.1]")
+    group.add_argument("--text_cross_attn_lr", type=arguments.positive, help="learning rate; without it Stage 1's")
+    group.add_argument("--image_cross_attn_lr", type=arguments.positive, help="learning rate; without it Stage 2's")
+    group.add_argument(
+        "--image_context",
+        choices=("adapted", "frozen"),
+        help="what the prompts see: V1 and CLS of the model's own forward, or of the plain CLIP [adapted]",
+    )
+    group = parser.add_argument_group("feedback loop")
+    group.add_argument(
+        "--feedback",
+        choices=FEEDBACK,
+        default="adapted",
+        help="what Stage 1 of loop 2 and later looks at: V1..V4 of the trained image side, the plain CLIP's tokens "
+        "through the trained projectors, or loop 1's frozen features",
+    )
+    group.add_argument(
+        "--text_epoch",
+        type=arguments.at_least(1),
+        nargs="+",
+        default=[5, 3, 2],
+        help="epochs of Stage 1, loop by loop; the last repeats",
+    )
+    group.add_argument(
+        "--image_epoch", type=arguments.at_least(1), nargs="+", default=[20, 10, 5], help="the same of Stage 2"
+    )
+    group.add_argument(
+        "--lr_decay", type=arguments.positive, default=0.5, help="loop k has its learning rates x this^(k-1)"
+    )
+    group.add_argument(
+        "--optimizer_state",
+        choices=("reset", "carry"),
+        default="reset",
+        help="Adam's moments at the start of later loops",
+    )
+    arguments.add_training_arguments(parser, stage1_levels="all")
+    arguments.add_model_arguments(parser)
+    arguments.add_run_arguments(parser)
+    args = parser.parse_args()
+    if args.resume is None and not args.dry_run:
+        parser.error("--resume is needed: the folder of a base model (train.py makes one) or a loop file")
+    return args
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Folder of the run, never that of the checkpoint it starts from."""
+    if args.resume is None:
+        return args.save_path or Path("ckpt") / "<base>_feedback"
+    source = args.resume if args.resume.is_dir() else args.resume.parent
+    folder = args.save_path or Path("ckpt") / f"{source.resolve().name}_feedback"
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"--save_path {folder}: holds the checkpoint of --resume. Choose another folder.")
+    return folder
+
+
+def check_loop_file(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise ValueError where a run cannot go on from this loop file as asked."""
+    if args.loops <= checkpoint.loop:
+        raise ValueError(f"--loops {args.loops}: {checkpoint.path} is loop {checkpoint.loop} already; ask for more.")
+    if args.optimizer_state == "carry":
+        raise ValueError(
+            "--optimizer_state carry: loop files hold no optimiser. Extend the run in its own folder instead."
+        )
+    if not (checkpoint.path.parent / "loop_0.pth").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint.path.parent}: no loop_0.pth beside {checkpoint.path.name}; the base belongs there."
+        )
+
+
+def start_of(checkpoint: Checkpoint) -> dict:
+    """What the run starts from: the base, and the loop file where it goes on from one."""
+    if not checkpoint.is_loop_file:
+        return checkpoint.base
+    continued = {"path": checkpoint.path.as_posix(), "sha256": checkpoints.file_sha256(checkpoint.path)}
+    return checkpoint.base | {"continued_from": continued}
+
+
+def save_loop(trainer: Trainer, loop: int) -> None:
+    """Write loop_<loop>.pth: the four modules as they are, and all that tells how they came to be."""
+    path = trainer.folder / f"loop_{loop}.pth"
+    content = {
+        **checkpoints.states(trainer.model),
+        **trainer.header,
+        "loop": loop,
+        "metrics": trainer.metrics,
+        "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
+    }
+    checkpoints.save(content, path)
+    logger.info("Saved %s", path)
+
+
+def on_stage_end(trainer: Trainer, stage: Stage) -> None:
+    """A loop ends with Stage 2."""
+    if stage.name == "image":
+        save_loop(trainer, stage.loop)
+
+
+def main() -> None:
+    args = parse_arguments()
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    both = {"text_cross_attn": True, "image_cross_attn": True}
+    config, assumed = arguments.resolve_model(args, checkpoint, defaults=both)
+    settings = arguments.settings_of(args)
+    folder = run_folder(args)
+    stages = plan_stages(settings, range(checkpoint.loop + 1 if checkpoint else 1, args.loops + 1))
+    if args.dry_run:
+        files = [*(f"loop_{loop}.pth" for loop in range(args.loops + 1)), "state.pth", "train.log", "log.csv"]
+        print(
+            describe_plan(
+                CrossAttentionCLIP(empty_backbone(config.model_name, config.img_size), config), stages, folder, files
+            )
+        )
+        return
+    if checkpoint.is_loop_file:
+        check_loop_file(args, checkpoint)
+    header = run_header(config, settings, start_of(checkpoint))
+    state = checkpoints.open_run(folder, header, args.loops)
+    if state and state["position"][0] > args.loops:
+        logger.info("%s already has its %d loops. A larger --loops goes on from there.", folder, args.loops)
+        return
+    device = arguments.device_of(args)
+    data = load_training_data(settings, args.data_root)
+    backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, args.clip_weights)
+    check_grid(backbone.grid, data.domain)
+    model = checkpoints.build_model(config, backbone, checkpoint, device, settings.seed)
+    trainer = Trainer(model, data, settings, stages, folder, header, on_stage_end, arguments.workers_of(args))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    log_to_file(folder / "train.log")
+    if assumed:
+        logger.info("%s names no backbone. Assumed: %s", args.resume, " ".join(assumed))
+    if state is None:
+        trainer.save()  # before all else, so that the folder is known as this run's
+    if not (folder / "loop_0.pth").exists():
+        if checkpoint.is_loop_file:
+            checkpoints.save(checkpoints.read(args.resume.parent / "loop_0.pth"), folder / "loop_0.pth")
+        else:
+            save_loop(trainer, 0)
+    if state:
+        trainer.restore(state)
+    trainer.run()
+    logger.info(
+        "Done. Compare with the base: python test.py --ckpt %s --dataset NAME", folder / f"loop_{args.loops}.pth"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

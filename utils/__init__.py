@@ -1,0 +1,1 @@
+"""What the scripts share: arguments, training, checkpoints, logs and metrics."""

@@ -1,0 +1,217 @@
+"""Command-line arguments of the scripts, and what follows from them: the model's configuration and the settings.
+
+Flags keep AA-CLIP's names.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from dataset.constants import BLUR
+from model.adapter_cross_attention import ModelConfig
+from model.backbone import DEFAULT_MODEL, clip_config, default_adapters
+from utils.checkpoints import Checkpoint, adapter_kind
+from utils.plan import Settings
+
+DATA_ROOT_VARIABLE = "AACLIP_DATA_ROOT"
+# Fields of ModelConfig that a base model leaves open.
+EXTENSION = (
+    "text_cross_attn",
+    "image_cross_attn",
+    "text_cross_attn_weight",
+    "image_cross_attn_weight",
+    "image_context",
+)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description; shows defaults, but for flags whose help says what happens without them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser without abbreviations, so that a mistyped flag is an error."""
+    return argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where things are and what computes."""
+    group = parser.add_argument_group("places and machine")
+    group.add_argument(
+        "--data_root",
+        type=Path,
+        default=os.environ.get(DATA_ROOT_VARIABLE, "data"),
+        help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
+    )
+    group.add_argument(
+        "--clip_weights", type=Path, help="CLIP's weight file; else ckpt/ and model/ are searched, then downloaded"
+    )
+    group.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device PyTorch computes on"
+    )
+    group.add_argument(
+        "--num_workers", type=at_least(0), help="processes that read images; without it 4 on a GPU, else 0"
+    )
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the two towers; bf16 by autocast"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the model is; without a flag, the checkpoint's value, else AA-CLIP's."""
+    group = parser.add_argument_group("model", "without a flag: the checkpoint's value, else the one in brackets")
+    group.add_argument("--model_name", help=f"CLIP by open_clip's name, or demo [{DEFAULT_MODEL}]")
+    group.add_argument(
+        "--img_size",
+        type=at_least(1),
+        help="side of the square input in pixels [518 for ViT-L-14-336, else the model's]",
+    )
+    group.add_argument(
+        "--quick_gelu",
+        action="store_true",
+        default=None,
+        help="OpenAI's activation [plain GELU, as published bases have]",
+    )
+    group.add_argument("--relu", action="store_true", default=None, help="LeakyReLU after the image projectors [none]")
+    group.add_argument("--adapter_hidden", type=at_least(1), help="adapters with a bottleneck of this width [none]")
+    group.add_argument("--text_adapt_weight", type=float, help="weight of a text adapter's output [0.1]")
+    group.add_argument("--image_adapt_weight", type=float, help="weight of an image adapter's output [0.1]")
+    group.add_argument(
+        "--text_adapt_until", type=at_least(1), help="number of text blocks with an adapter [a quarter: 3]"
+    )
+    group.add_argument(
+        "--image_adapt_until", type=at_least(1), help="number of ViT blocks with an adapter [a quarter: 6]"
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) -> None:
+    """What both trainers have in common."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", default="VisA", help="data set to train on: a known name or a folder under --data_root"
+    )
+    group.add_argument("--domain", choices=tuple(BLUR), help="of a data set that is not known; without it industrial")
+    group.add_argument(
+        "--shot", type=_shot, default="full", help="images per class, half normal and half anomalous, or full (0)"
+    )
+    group.add_argument(
+        "--val_fraction", type=_fraction, default=0.0, help="share of each class held out; its losses are logged"
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--text_batch_size", type=at_least(1), default=16, help="images per step of Stage 1")
+    group.add_argument("--image_batch_size", type=at_least(1), default=2, help="images per step of Stage 2")
+    group.add_argument("--text_lr", type=positive, default=1e-5, help="learning rate of Stage 1")
+    group.add_argument(
+        "--image_lr", type=positive, default=5e-4, help="learning rate of Stage 2, halved at steps 16000 and 32000"
+    )
+    group.add_argument("--text_norm_weight", type=float, default=0.1, help="weight of Stage 1's orthogonal term")
+    group.add_argument(
+        "--stage1_levels",
+        choices=("last", "all"),
+        default=stage1_levels,
+        help="levels that train Stage 1: the last, as the published code, or the sum of all, as the paper",
+    )
+    group.add_argument(
+        "--vv_attention",
+        choices=("batch", "image"),
+        default="batch",
+        help="Stage 1's V-V attention: across the batch, as published bases were trained, or within the image",
+    )
+    group.add_argument(
+        "--surgery_until_layer",
+        type=at_least(1),
+        help="L: V-V attention in the last L - 1 blocks; without it from block 5/24 of the depth on (AA-CLIP's 20)",
+    )
+    group.add_argument(
+        "--seed", type=at_least(0), default=111, help="of new weights, sample order, augmentation and draws"
+    )
+    group.add_argument("--dry_run", action="store_true", help="print the plan and stop; needs neither weights nor data")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Parser of a whole number of at least `least`."""
+
+    def whole(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
+        return value
+
+    return whole
+
+
+def positive(text: str) -> float:
+    """A finite number over 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number over 0")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 0 and less than 1")
+    return value
+
+
+def _shot(text: str) -> int | None:
+    return None if text in ("full", "0") else at_least(2)(text)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device of --device. Raises ValueError where PyTorch cannot use it."""
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without CUDA
+        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def workers_of(args: argparse.Namespace) -> int:
+    """The number of reading processes."""
+    if args.num_workers is not None:
+        return args.num_workers
+    return 4 if args.device.startswith("cuda") else 0
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of a run, from the arguments of the same names."""
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+
+
+def resolve_model(
+    args: argparse.Namespace, checkpoint: Checkpoint | None = None, defaults: dict | None = None
+) -> tuple[ModelConfig, list[str]]:
+    """The model's configuration: of the checkpoint (its record or its keys), else flags, `defaults`, AA-CLIP's values.
+
+    A base leaves the extension to the flags, a loop file does not. Returns the configuration, and what was assumed for
+    a base that names nothing (AA-CLIP's own files). Raises ValueError for a flag that contradicts the checkpoint.
+    """
+    known = {}
+    if checkpoint is not None:
+        known = adapter_kind(checkpoint)
+        if checkpoint.model is not None:
+            recorded = checkpoint.model
+            known = recorded if checkpoint.is_loop_file else {k: v for k, v in recorded.items() if k not in EXTENSION}
+    names = [field.name for field in fields(ModelConfig)]
+    flags = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    for name, value in flags.items():
+        if name in known and known[name] != value:
+            raise ValueError(
+                f"--{name} {value}: contradicts {checkpoint.path}, which has {known[name]}. Leave the flag out."
+            )
+    chosen = {"model_name": DEFAULT_MODEL} | (defaults or {}) | flags | known
+    clip = clip_config(chosen["model_name"], chosen.get("img_size"), chosen.get("quick_gelu", False))
+    chosen = default_adapters(clip) | chosen | {"img_size": clip["vision_cfg"]["image_size"]}
+    config = ModelConfig(**chosen)
+    silent = ("model_name", "img_size", "quick_gelu", "text_adapt_weight", "image_adapt_weight")
+    assumed = [f"--{name} {getattr(config, name)}" for name in silent if name not in known]
+    return config, assumed if checkpoint is not None else []

@@ -1,0 +1,294 @@
+"""Checkpoint files: AA-CLIP's base, our loop files and the state of a run. Plain types and tensors only.
+
+A loop file holds the four modules (state dicts, None where switched off), `loop`, `config` ({"model", "training"}),
+`base`, `metrics` and `environment`.
+"""
+
+import hashlib
+import os
+import pickle
+import platform
+import re
+import subprocess
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
+from model.backbone import REPOSITORY, Backbone
+
+TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. `model` (a ModelConfig as a dict), `training` and `clip_sha256` are None where it is silent."""
+
+    path: Path
+    loop: int
+    modules: dict[str, dict[str, Tensor] | None]
+    base: dict
+    model: dict | None = None
+    training: dict | None = None
+    clip_sha256: str | None = None
+    is_loop_file: bool = False
+
+
+def save(content: dict, path: Path) -> None:
+    """Write `content` so that a crash leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> dict:
+    """The dict in a checkpoint file, on the CPU. Raises FileNotFoundError, or ValueError for any other content."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: no checkpoint, or a truncated one ({reason[:200]}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
+    return content
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """A base (AA-CLIP's folder, or one of its two files) or a loop file.
+
+    Raises FileNotFoundError or ValueError that say what was expected.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_base(path)
+    if path.name == TEXT_FILE or re.fullmatch(r"image_adapter(_\d+)?\.pth", path.name):
+        raise ValueError(f"{path}: one half of a base model. Give its folder, {path.parent}.")
+    content = read(path)
+    missing = [key for key in MODULES if key not in content]
+    if missing:
+        raise ValueError(f"{path}: expected a loop file with {', '.join(MODULES)}; '{missing[0]}' is missing.")
+    missing = [key for key in ("config", "loop", "base") if key not in content]
+    if missing:
+        raise ValueError(
+            f"{path}: '{missing[0]}' is missing, so this file was not written by this program. Files of other attempts "
+            "at cross-attention hold other arithmetic and cannot be used; train from their base model instead."
+        )
+    config = content["config"]
+    modules = {name: content[name] for name in MODULES}
+    clip_sha256 = content["environment"]["clip_sha256"]
+    return Checkpoint(
+        path,
+        content["loop"],
+        modules,
+        content["base"],
+        config["model"],
+        config["training"],
+        clip_sha256,
+        is_loop_file=True,
+    )
+
+
+def _load_base(folder: Path) -> Checkpoint:
+    text_path, image_path = folder / TEXT_FILE, folder / IMAGE_FILE
+    if not image_path.is_file():
+        numbered = {
+            int(path.stem.rsplit("_", 1)[1]): path
+            for path in folder.glob("image_adapter_*.pth")
+            if path.stem.rsplit("_", 1)[1].isdigit()
+        }
+        image_path = numbered[max(numbered)] if numbered else image_path
+    for path in (text_path, image_path):
+        if not path.is_file():
+            found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+            raise FileNotFoundError(
+                f"{folder}: no {path.name}. A base model is a folder with {TEXT_FILE} (Stage 1) and {IMAGE_FILE} or "
+                f"image_adapter_<epoch>.pth (Stage 2); found {found}. To go on from a loop file, name the file."
+            )
+    text, image = read(text_path), read(image_path)
+    for content, name, path in ((text, "text_adapter", text_path), (image, "image_adapter", image_path)):
+        for key in ("epoch", name):
+            if key not in content:
+                raise ValueError(f"{path}: key '{key}' is missing; expected AA-CLIP's 'epoch' and '{name}'.")
+        if content["epoch"] < 1:
+            raise ValueError(
+                f"{path}: epoch is {content['epoch']}: this base was never trained. Train it with train.py."
+            )
+    if text.get("config") != image.get("config"):
+        raise ValueError(f"{folder}: {text_path.name} and {image_path.name} are of two different runs.")
+    config = text.get("config") or {}
+    training = config.get("training")
+    modules = dict.fromkeys(MODULES) | {"text_adapter": text["text_adapter"], "image_adapter": image["image_adapter"]}
+    base = {
+        "path": folder.as_posix(),
+        "sha256": {path.name: file_sha256(path) for path in (text_path, image_path)},
+        "epochs": {"text": text["epoch"], "image": image["epoch"]},
+        "dataset": training and training["dataset"],
+    }
+    clip_sha256 = text.get("environment", {}).get("clip_sha256")
+    return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256)
+
+
+def loop_files(folder: Path) -> list[Path]:
+    """loop_0.pth, loop_1.pth, ... of a run folder, in order."""
+    numbered = {
+        int(match[1]): path for path in folder.glob("loop_*.pth") if (match := re.fullmatch(r"loop_(\d+)", path.stem))
+    }
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def adapter_kind(checkpoint: Checkpoint) -> dict:
+    """What the keys and shapes of a checkpoint say of its adapters: `relu`, `adapter_hidden` and the adapted blocks.
+
+    Raises ValueError for adapters of another kind.
+    """
+    text, image = checkpoint.modules["text_adapter"], checkpoint.modules["image_adapter"]
+    patterns = {
+        "text_adapter": r"\d+\.fc\.[02]\.weight",
+        "image_adapter": r"layer_adapters\.\d+\.fc\.[02]\.weight|(seg_proj\.\d+|det_proj)\.fc\.(0\.)?weight",
+    }
+    for name, pattern in patterns.items():
+        for key in checkpoint.modules[name]:
+            if not re.fullmatch(pattern, key):
+                raise ValueError(
+                    f"{checkpoint.path}: '{name}' holds '{key}', an adapter of an unknown kind. Known are AA-CLIP's "
+                    "(fc.0: Linear, LeakyReLU) and the bottleneck (fc.0 and fc.2), both without bias."
+                )
+    numbers = {int(key.split(".")[0]) for key in text}
+    layers = {int(key.split(".")[1]) for key in image if key.startswith("layer_adapters.")}
+    bottleneck = "0.fc.2.weight" in text
+    return {
+        "relu": "det_proj.fc.0.weight" in image,
+        "adapter_hidden": text["0.fc.0.weight"].shape[0] if bottleneck else None,
+        "text_adapt_until": len(numbers) - 1,
+        "image_adapt_until": len(layers),
+    }
+
+
+def load_modules(model: CrossAttentionCLIP, checkpoint: Checkpoint) -> None:
+    """Load what the checkpoint has into `model`; a module that it lacks stays as it is.
+
+    Raises ValueError that names a key which is missing, unknown or of another shape.
+    """
+    for name, state in checkpoint.modules.items():
+        module: nn.Module | None = getattr(model, name)
+        if state is None:
+            continue
+        if module is None:
+            raise ValueError(f"{checkpoint.path}: holds '{name}', which is switched off.")
+        expected = module.state_dict()
+        for key in sorted(expected.keys() | state.keys()):
+            if key not in state:
+                raise ValueError(f"{checkpoint.path}: '{name}' lacks '{key}', shape {list(expected[key].shape)}.")
+            if key not in expected:
+                raise ValueError(f"{checkpoint.path}: '{name}' holds '{key}', which the model does not have.")
+            if state[key].shape != expected[key].shape:
+                raise ValueError(
+                    f"{checkpoint.path}: '{name}.{key}' has shape {list(state[key].shape)}, expected "
+                    f"{list(expected[key].shape)} for {model.config.model_name}."
+                )
+        module.load_state_dict(state)
+
+
+def build_model(
+    config: ModelConfig, backbone: Backbone, checkpoint: Checkpoint | None, device: torch.device, seed: int = 0
+) -> CrossAttentionCLIP:
+    """The model of `config` on `device`; what the checkpoint does not hold starts from `seed`."""
+    torch.manual_seed(seed)
+    model = CrossAttentionCLIP(backbone, config)
+    if checkpoint is not None:
+        check_clip(checkpoint, backbone)
+        load_modules(model, checkpoint)
+    return model.to(device)
+
+
+def check_clip(checkpoint: Checkpoint, backbone: Backbone) -> None:
+    """Raise ValueError where the CLIP weights are not those that the checkpoint was trained on."""
+    if checkpoint.clip_sha256 is not None and checkpoint.clip_sha256 != backbone.sha256:
+        raise ValueError(
+            f"{checkpoint.path}: trained on other CLIP weights, SHA-256 {checkpoint.clip_sha256[:16]}..., found "
+            f"{backbone.sha256[:16]}... for {backbone.model_name}. Give the right file with --clip_weights FILE."
+        )
+
+
+def _origin(header: dict) -> tuple:
+    """Hashes of the files that a run starts from."""
+    base = header.get("base", {})
+    return base.get("sha256"), base.get("continued_from", {}).get("sha256")
+
+
+def open_run(folder: Path, header: dict, loops: int) -> dict | None:
+    """The state of the run in `folder`, or None for a new one. Writes nothing.
+
+    Raises ValueError where the folder holds anything else, or a run of another base, other arguments or more loops.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(
+            f"{folder} exists and holds no run of this program ({STATE_FILE}). Choose another --save_path."
+        )
+    state = read(folder / STATE_FILE)
+    if _origin(state) != _origin(header):
+        raise ValueError(
+            f"{folder} holds a run that started from another base, {state.get('base')}. Choose another --save_path."
+        )
+    differences = [
+        f"  {name}: {old.get(name)} before, {new.get(name)} now"
+        for part in ("model", "training")
+        for old, new in [(state["config"][part], header["config"][part])]
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} holds a run with other arguments:\n" + "\n".join(differences) + "\nChoose another --save_path."
+        )
+    finished = state["position"][0] - 1
+    if loops < finished:
+        raise ValueError(f"--loops {loops}: the run in {folder} already has {finished} loops.")
+    return state
+
+
+def states(model: CrossAttentionCLIP) -> dict[str, dict[str, Tensor] | None]:
+    """State dicts of the four modules, on the CPU and apart from the model's own tensors; None where switched off."""
+    trainable = model.trainable()
+    return {
+        name: {key: value.detach().cpu().clone() for key, value in trainable[name].state_dict().items()}
+        if name in trainable
+        else None
+        for name in MODULES
+    }
+
+
+def environment(backbone: Backbone, device: torch.device) -> dict:
+    """Versions, device, git revision and CLIP weights, for whoever wonders how a checkpoint came to be."""
+    try:
+        command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None  # not a clone, or no git here
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "git_revision": revision,
+        "clip_sha256": backbone.sha256,
+    }

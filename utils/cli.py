@@ -1,0 +1,32 @@
+"""How a script ends: 0 when all went well, 2 for an error before training, 1 for one during it."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from dataset.images import loader_message
+from utils.engine import TrainingError
+from utils.logs import setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its code, or with one clear message where the input is at fault.
+
+    ValueError and OSError are bad input here: the modules raise them with what was expected and what was found. Any
+    other exception is a fault of the program and keeps its traceback.
+    """
+    setup_logging()
+    try:
+        code = main() or 0
+    except TrainingError as error:
+        logger.error("error: %s", error)
+        code = 1
+    except (ValueError, OSError) as error:
+        logger.error("error: %s", loader_message(error))
+        code = 2
+    except KeyboardInterrupt:
+        logger.error("Stopped.")
+        code = 1
+    sys.exit(code)

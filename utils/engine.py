@@ -1,0 +1,391 @@
+"""Training: the two stages of each loop, shared by both trainers, with exact continuation and the logs."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset.images import STAGES, AnomalyDataset, SeededSampler, check_masks, loader_message, make_loader
+from dataset.records import Record, few_shot, hold_out, open_dataset
+from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
+from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
+from utils import checkpoints
+from utils.logs import CsvLog, progress
+from utils.plan import Position, Settings, Stage
+
+logger = logging.getLogger(__name__)
+
+ADAM_BETAS = (0.5, 0.999)
+# Stage 2's learning rate is halved at these steps of the stage, as published.
+MILESTONES = (16000, 32000)
+# The losses of a stage's first steps are logged one by one: the zero start of a fresh module protects one step only.
+FIRST_STEPS = 10
+SAVE_SECONDS = 300
+LOSS_TERMS = [
+    *(f"{term}_{level}" for level in range(1, 5) for term in ("focal", "dice_normal", "dice_abnormal")),
+    "orthogonal",
+    "classification",
+]
+COLUMNS = [
+    *("kind", "loop", "stage", "epoch", "step", "lr", "lr_cross_attn", "loss", *LOSS_TERMS, "anchor_separation"),
+    *(f"{measure}_{module}" for measure in ("grad_norm", "update") for module in MODULES),
+    *(f"added_{module}" for module in MODULES if module.endswith("cross_attn")),
+    *("emptied_masks", "seconds"),
+]
+
+
+class TrainingError(RuntimeError):
+    """Training stopped; the last saved state is intact."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.records.DataSet`."""
+
+    folder: Path
+    domain: str
+    train: list[Record]
+    held_out: list[Record]
+    descriptions: dict[str, str]
+
+
+def load_training_data(settings: Settings, data_root: Path) -> TrainingData:
+    """Open, draw and check the images of a run. Raises ValueError or FileNotFoundError."""
+    data = open_dataset(settings.dataset, data_root, settings.domain)
+    records = data.records if settings.shot is None else few_shot(data.records, settings.shot, settings.seed)
+    train, held_out = hold_out(records, settings.val_fraction, settings.seed)
+    check_masks(data.folder, records)
+    return TrainingData(data.folder, data.domain, train, held_out, data.descriptions)
+
+
+class Means:
+    """Means of named values over the steps of an epoch, in Python floats, so that they can be saved and go on."""
+
+    def __init__(self, totals: dict[str, list] | None = None):
+        self.totals = totals or {}
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            total = self.totals.setdefault(name, [0.0, 0])
+            total[0] += value
+            total[1] += 1
+
+    def get(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.totals.items()}
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the running step ends and its state is saved; a second one stops at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received: str | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Runs `stages` on `model`, saving to `folder`.
+
+    `header` goes into every state file (`config` and `base`, to recognise the run by). `on_stage_end(trainer, stage)`
+    writes what a script wants to keep.
+    """
+
+    def __init__(
+        self,
+        model: CrossAttentionCLIP,
+        data: TrainingData,
+        settings: Settings,
+        stages: list[Stage],
+        folder: Path,
+        header: dict,
+        on_stage_end: Callable[["Trainer", Stage], None],
+        num_workers: int = 0,
+    ):
+        self.model, self.data, self.settings, self.stages = model, data, settings, stages
+        self.folder, self.header, self.on_stage_end, self.num_workers = folder, header, on_stage_end, num_workers
+        self.device = model.backbone.scale.device
+        self.bank = PromptBank(model.backbone, data.descriptions)
+        depth = len(model.backbone.image_blocks)
+        until = settings.surgery_until_layer
+        # --surgery_until_layer L means V-V attention in the last L - 1 blocks.
+        self.vv_start = model.backbone.default_vv_start if until is None else depth - until + 1
+        if not 0 <= self.vv_start <= depth:
+            raise ValueError(f"--surgery_until_layer {until}: expected 1 to {depth + 1}, it has {depth} blocks.")
+        self.position = Position(stages[0].loop, stages[0].name)
+        self.optimizer_states: dict[str, dict] = {}
+        self.means = Means()
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.log = CsvLog(folder / "log.csv", COLUMNS)
+
+    # state
+
+    def save(self) -> None:
+        """Write all that exact continuation needs."""
+        checkpoints.save(
+            {
+                **self.header,
+                "modules": checkpoints.states(self.model),
+                "optimizers": self.optimizer_states,
+                "position": tuple(self.position),
+                "means": self.means.totals,
+                "metrics": self.metrics,
+                "rng": torch.get_rng_state(),
+            },
+            self.folder / checkpoints.STATE_FILE,
+        )
+        self._saved_at = time.monotonic()
+
+    def restore(self, state: dict) -> None:
+        """Take up a state of `save`."""
+        for name, module in self.model.trainable().items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer_states = state["optimizers"]
+        self.position = Position(*state["position"])
+        self.means = Means(state["means"])
+        self.metrics = state["metrics"]
+        torch.set_rng_state(state["rng"])
+
+    # the run
+
+    def run(self) -> None:
+        """Train what is left of the stages. Raises TrainingError; the last saved state is intact then."""
+        now = self.position.order()
+        self.log.open(keep=lambda row: _row_order(row) < now)
+        self._saved_at = time.monotonic()
+        with StopSignal() as self._stop:
+            try:
+                for stage in self.stages:
+                    if Position(stage.loop, stage.name).order()[:2] >= now[:2]:
+                        self.run_stage(stage)
+            except (ValueError, OSError) as error:  # of reading images and writing files
+                raise TrainingError(f"{loader_message(error)} The last state is in {self.folder}.") from error
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise TrainingError(self._out_of_memory(stage, error)) from error
+            except RuntimeError as error:
+                if "can't allocate memory" in str(error):  # how PyTorch's CPU allocator puts it
+                    raise TrainingError(self._out_of_memory(stage, error)) from error
+                raise
+
+    def run_stage(self, stage: Stage) -> None:
+        """Train one stage from the current position and hand it to `on_stage_end`."""
+        model, name = self.model, stage.name
+        begun = self.position != Position(stage.loop, name)
+        model.set_stage(name)
+        optimizer = self._make_optimizer(stage, begun)
+        text = ClassText(model, self.bank, fixed=name == "image")
+        dataset = AnomalyDataset(self.data.folder, self.data.train, model.backbone.img_size, name)
+        sampler = SeededSampler(len(dataset), self.settings.seed, stage.loop, name)
+        loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
+        steps = math.ceil(len(dataset) / stage.batch_size)
+        title = f"loop {stage.loop}/{self.stages[-1].loop} Stage {STAGES.index(name) + 1}"
+        done = self.position.epoch * steps + self.position.step
+        with progress(total=stage.epochs * steps, initial=done, desc=title, unit="step") as bar:
+            while self.position.epoch < stage.epochs:
+                bar.set_description(f"{title} epoch {self.position.epoch + 1}/{stage.epochs}", refresh=False)
+                sampler.set_epoch(self.position.epoch, skip=self.position.step * stage.batch_size)
+                self.run_epoch(stage, loader, optimizer, text, steps, bar)
+        self._report(stage)
+        self.on_stage_end(self, stage)
+        self.position = Position(stage.loop, "image") if name == "text" else Position(stage.loop + 1, "text")
+        self.save()
+
+    def run_epoch(
+        self, stage: Stage, loader: DataLoader, optimizer: torch.optim.Adam, text: ClassText, steps: int, bar: tqdm
+    ) -> None:
+        """Train what is left of the current epoch, log it and save the state."""
+        started = time.monotonic()
+        for batch in loader:
+            _, _, epoch, step = self.position
+            rates = self._set_learning_rates(optimizer, stage, epoch * steps + step)
+            row = self.train_step(stage, batch, optimizer, text)
+            self.means.add(row)
+            if epoch == 0 and step < FIRST_STEPS:
+                self._write_row("step", epoch, step, row | rates)
+            self.position = self.position._replace(step=step + 1)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{rates['lr']:.1e}", refresh=False)
+            bar.update()
+            self._save_if_due(stage.name, optimizer)
+        self.optimizer_states[stage.name] = optimizer.state_dict()
+        epoch = self.position.epoch
+        means = self.means.get() | {"emptied_masks": self.means.totals["emptied_masks"][0]}
+        self.metrics[stage.name] = means
+        self._write_row("epoch", epoch, None, means | rates | {"seconds": time.monotonic() - started})
+        if self.data.held_out:
+            held_out = self.validate(stage, text)
+            self.metrics[stage.name] = means | {f"held_out_{name}": value for name, value in held_out.items()}
+            self._write_row("held_out", epoch, None, held_out)
+        self.means = Means()
+        self.position = self.position._replace(epoch=epoch + 1, step=0)
+        self.save()
+
+    def train_step(self, stage: Stage, batch: dict, optimizer: torch.optim.Adam, text: ClassText) -> dict[str, float]:
+        """One step of the optimiser; the values of its log row. The losses are those before the step."""
+        modules = self.model.trainable(stage.name)
+        added, hooks = {}, []
+        for name, module in self.model.trainable().items():
+            if name.endswith("cross_attn"):
+                hooks.append(module.register_forward_hook(_measure_added(added, f"added_{name}")))
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, terms = self.losses(stage, batch, text)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        loss.backward()
+        parameters = {name: list(module.parameters()) for name, module in modules.items()}
+        values = {"loss": loss.detach(), **terms, **added}
+        for name, tensors in parameters.items():
+            gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+            values[f"grad_norm_{name}"] = nn.utils.get_total_norm(gradients)
+        row = _to_floats(values) | {"emptied_masks": int(batch["emptied"].sum())}
+        self._check_finite(row, batch)
+        before = {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in parameters.items()}
+        optimizer.step()
+        updates = {}
+        for name, tensors in parameters.items():
+            moved = [tensor.detach() - old for tensor, old in zip(tensors, before[name], strict=True)]
+            updates[f"update_{name}"] = nn.utils.get_total_norm(moved)
+        return row | _to_floats(updates)
+
+    def losses(self, stage: Stage, batch: dict, text: ClassText) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the stage on a batch, and its terms without gradient."""
+        settings, model = self.settings, self.model
+        images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
+        target = {key: batch[key].to(self.device, non_blocking=True) for key in ("mask", "label", "has_mask")}
+        if stage.name == "text":
+            across_batch = settings.vv_attention == "batch"
+            patches, anchors = encode_stage1(
+                model, images, class_names, text, stage.source, self.vv_start, across_batch, settings.precision
+            )
+            loss, terms = stage1_loss(
+                patches, anchors, model.backbone.scale, target, settings.stage1_levels, settings.text_norm_weight
+            )
+        else:
+            features, anchors = encode(model, images, class_names, text, settings.precision)
+            loss, terms = stage2_loss(features, anchors, model.backbone.scale, target)
+        # 0 where the normal and the abnormal anchor are one, 1 where they are orthogonal.
+        terms["anchor_separation"] = 1 - (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def validate(self, stage: Stage, text: ClassText) -> dict[str, float]:
+        """Means of the stage's losses on the held-out images, without augmentation."""
+        means = Means()
+        dataset = AnomalyDataset(self.data.folder, self.data.held_out, self.model.backbone.img_size)
+        loader = make_loader(dataset, stage.batch_size, self.num_workers)
+        for batch in progress(loader, desc="held out", leave=False):
+            loss, terms = self.losses(stage, batch, text)
+            means.add(_to_floats({"loss": loss, **terms}))
+        return means.get()
+
+    # parts
+
+    def _make_optimizer(self, stage: Stage, begun: bool) -> torch.optim.Adam:
+        modules = self.model.trainable(stage.name)
+        groups = [{"params": list(module.parameters())} for module in modules.values()]
+        optimizer = torch.optim.Adam(groups, lr=stage.lr, betas=ADAM_BETAS)
+        carry = self.settings.optimizer_state == "carry" and stage.name in self.optimizer_states
+        if begun or carry:
+            optimizer.load_state_dict(self.optimizer_states[stage.name])
+        return optimizer
+
+    def _set_learning_rates(self, optimizer: torch.optim.Adam, stage: Stage, step: int) -> dict[str, float]:
+        passed = sum(step >= milestone for milestone in MILESTONES) if stage.name == "image" else 0
+        rates = [rate * 0.5**passed for rate in (stage.lr, stage.cross_attn_lr)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
+        return dict(zip(("lr", "lr_cross_attn"), rates[: len(optimizer.param_groups)], strict=False))
+
+    def _check_finite(self, row: dict[str, float], batch: dict) -> None:
+        for name, value in row.items():
+            if not math.isfinite(value):
+                files = "\n  ".join(batch["path"])
+                raise TrainingError(
+                    f"{name} is {value} at {_describe(self.position)}; no step was made. The batch:\n  {files}\n"
+                    f"The last good state is in {self.folder}. Look at these files, or lower the learning rate."
+                )
+
+    def _save_if_due(self, stage: str, optimizer: torch.optim.Adam) -> None:
+        if self._stop.received or time.monotonic() - self._saved_at > SAVE_SECONDS:
+            self.optimizer_states[stage] = optimizer.state_dict()
+            self.save()
+        if self._stop.received:
+            raise TrainingError(
+                f"Stopped by {self._stop.received} at {_describe(self.position)}; the state is saved in {self.folder}. "
+                "The same command goes on from here."
+            )
+
+    def _write_row(self, kind: str, epoch: int, step: int | None, values: dict) -> None:
+        loop, stage = self.position[:2]
+        head = {"kind": kind, "loop": loop, "stage": STAGES.index(stage) + 1, "epoch": epoch + 1, "step": step}
+        self.log.write(head | {name: value for name, value in values.items() if name in COLUMNS})
+
+    def _report(self, stage: Stage) -> None:
+        last = self.metrics[stage.name]
+        lines = [
+            f"loop {stage.loop} Stage {STAGES.index(stage.name) + 1}: loss {last['loss']:.4f}, "
+            f"anchor separation {last['anchor_separation']:.4f}, "
+            f"{last['emptied_masks']:.0f} masks emptied by resizing or augmentation (last epoch)"
+        ]
+        for name in self.model.trainable():
+            measures = [("gradient norm", "grad_norm"), ("update per step", "update"), ("added term / input", "added")]
+            found = [f"{title} {last[f'{key}_{name}']:.3g}" for title, key in measures if f"{key}_{name}" in last]
+            lines += [f"  {name}: {', '.join(found)}"] if found else []
+        logger.info("\n".join(lines))
+
+    def _out_of_memory(self, stage: Stage, error: BaseException) -> str:
+        flag, size = f"--{stage.name}_batch_size", self.model.backbone.img_size
+        return (
+            f"Out of memory at {_describe(self.position)}. Tried: {flag} {stage.batch_size}, --img_size {size}, "
+            f"--precision {self.settings.precision} on {self.device}.\nThe last state is in {self.folder}. Start again in a new --save_path with a smaller {flag}, or with --precision bf16.\n"
+            f"({str(error).partition(chr(10))[0][:200]})"
+        )
+
+
+def run_header(config: ModelConfig, settings: Settings, base: dict) -> dict:
+    """What names a run, in its state and in the files it keeps."""
+    return {"config": {"model": config.to_dict(), "training": asdict(settings)}, "base": base}
+
+
+def _measure_added(found: dict[str, Tensor], name: str) -> Callable:
+    """A forward hook that notes the norm of a cross-attention's added term relative to its input's."""
+
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        x = inputs[0].detach()
+        found[name] = (output.detach() - x).float().norm() / x.float().norm()
+
+    return hook
+
+
+def _to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """Python floats, brought from the device in one go."""
+    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def _row_order(row: dict[str, str]) -> tuple[int, int, float, float]:
+    """Where a log row stands among positions: a step's before it, an epoch's at its end."""
+    step = float(row["step"]) if row["step"] else math.inf
+    return int(row["loop"]), int(row["stage"]) - 1, int(row["epoch"]) - 1, step
+
+
+def _describe(position: Position) -> str:
+    stage = STAGES.index(position.stage) + 1
+    return f"loop {position.loop}, Stage {stage}, epoch {position.epoch + 1}, step {position.step}"

@@ -1,0 +1,68 @@
+"""Logging: console and train.log, log.csv, and progress bars that get along with both."""
+
+import csv
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class _TqdmHandler(logging.Handler):
+    """Writes above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging() -> None:
+    """Messages of the program to stderr; other libraries' from warnings on."""
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for name in ("__main__", "model", "dataset", "utils", "forward_utils_cross_attention"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def log_to_file(path: Path) -> None:
+    """Append messages to `path` too, with their time."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def progress(iterable: Iterable | None = None, **options) -> tqdm:
+    """A progress bar; where stderr is no terminal it writes a line every half minute at most."""
+    if not sys.stderr.isatty():
+        options["mininterval"] = 30
+    return tqdm(iterable, dynamic_ncols=True, **options)
+
+
+class CsvLog:
+    """A CSV file with fixed columns; each row is on disk when `write` returns. Numbers are written in full."""
+
+    def __init__(self, path: Path, columns: list[str]):
+        self.path, self.columns = path, columns
+
+    def open(self, keep: Callable[[dict[str, str]], bool]) -> None:
+        """Start the file, or go on with one, keeping the rows that `keep` accepts."""
+        rows = []
+        if self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if None not in row.values() and keep(row)]
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, row: dict) -> None:
+        """Append a row; columns that it lacks stay empty."""
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerow(row)

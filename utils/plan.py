@@ -1,0 +1,131 @@
+"""What a run will do: its settings, the stages that follow from them, and the plan in words."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from dataset.images import STAGES
+from model.adapter_cross_attention import CrossAttentionCLIP
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of a run that its result depends on; recorded in every checkpoint."""
+
+    dataset: str
+    domain: str | None
+    shot: int | None
+    val_fraction: float
+    seed: int
+    text_epoch: list[int]
+    image_epoch: list[int]
+    text_batch_size: int
+    image_batch_size: int
+    text_lr: float
+    image_lr: float
+    text_cross_attn_lr: float | None
+    image_cross_attn_lr: float | None
+    lr_decay: float
+    text_norm_weight: float
+    stage1_levels: str
+    feedback: str
+    vv_attention: str
+    surgery_until_layer: int | None
+    optimizer_state: str
+    precision: str
+
+
+class Stage(NamedTuple):
+    """One stage of one loop. `source` is what Stage 1 looks at, see `encode_stage1`; Stage 2 has none."""
+
+    loop: int
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    cross_attn_lr: float
+    source: str | None
+
+
+class Position(NamedTuple):
+    """What comes next: loops count from 1, finished epochs of the stage and finished steps of the epoch from 0."""
+
+    loop: int
+    stage: str
+    epoch: int = 0
+    step: int = 0
+
+    def order(self) -> tuple[int, int, int, int]:
+        """Sorts positions by time."""
+        return self.loop, STAGES.index(self.stage), self.epoch, self.step
+
+
+def plan_stages(settings: Settings, loops: range) -> list[Stage]:
+    """The stages of `loops`. The last of a list of epochs repeats; loop k has learning rates x lr_decay^(k-1)."""
+    stages = []
+    for loop in loops:
+        decay = settings.lr_decay ** (loop - 1)
+        for name in STAGES:
+            epochs = getattr(settings, f"{name}_epoch")
+            lr = getattr(settings, f"{name}_lr")
+            cross_attn_lr = getattr(settings, f"{name}_cross_attn_lr")
+            stages.append(
+                Stage(
+                    loop=loop,
+                    name=name,
+                    epochs=epochs[min(loop, len(epochs)) - 1],
+                    batch_size=getattr(settings, f"{name}_batch_size"),
+                    lr=lr * decay,
+                    cross_attn_lr=(lr if cross_attn_lr is None else cross_attn_lr) * decay,
+                    source=None if name == "image" else settings.feedback if loop > 1 else "off",
+                )
+            )
+    return stages
+
+
+def _count(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+def _span(name: str, length: int) -> str:
+    return f"{name}.0-{length - 1}" if length > 1 else f"{name}.0"
+
+
+def trainable_parts(model: CrossAttentionCLIP) -> list[tuple[str, str, int, str]]:
+    """(stage, part, parameters, what it does) of all that trains."""
+    text, image, levels = model.text_adapter, model.image_adapter, model.backbone.levels
+    adapters, seg_proj, det_proj = image["layer_adapters"], image["seg_proj"], image["det_proj"]
+    text_count, image_count = len(text) - 1, len(adapters)
+    views = f"levels {', '.join(map(str, levels))} -> V1..V{len(levels)}"
+    parts = [
+        ("1", _span("text_adapter", text_count), text[:-1], f"{text_count} adapters, after the first text blocks"),
+        ("1", f"text_adapter.{text_count}", text[-1], "1 projector of the prompts, in place of CLIP's"),
+        ("1", "text_cross_attn", model.text_cross_attn, "text -> image, after text block 0"),
+        ("2", _span("layer_adapters", image_count), adapters, f"{image_count} adapters, after the first ViT blocks"),
+        ("2", _span("seg_proj", len(seg_proj)), seg_proj, f"{len(seg_proj)} projectors, {views}"),
+        ("2", "det_proj", det_proj, "1 projector of the detection feature, for the image score"),
+        ("2", "image_cross_attn", model.image_cross_attn, "image -> text, after ViT block 0"),
+    ]
+    return [(*part[:2], _count(part[2]), part[3] if part[2] is not None else "switched off") for part in parts]
+
+
+def describe_plan(model: CrossAttentionCLIP, stages: list[Stage], folder: Path, files: list[str]) -> str:
+    """The plan of a run as text: what trains where, the stages in order, and the files it will write."""
+    rows = trainable_parts(model)
+    width = max(len(part) for _, part, _, _ in rows)
+    lines = [f"Model: {', '.join(f'{k} {v}' for k, v in model.config.to_dict().items())}", "", "Trainable modules"]
+    lines += [f"  Stage {stage}  {part:{width}}  {count:>12,}  {what}" for stage, part, count, what in rows]
+    for number in ("1", "2"):
+        lines.append(f"  Stage {number}  {'in all':{width}}  {sum(r[2] for r in rows if r[0] == number):>12,}")
+    lines.append(f"  frozen   {'CLIP':{width}}  {_count(model.backbone):>12,}")
+    lines += ["", "Stages"]
+    for stage in stages:
+        looks = "" if stage.source is None else f", features {stage.source if stage.source != 'off' else 'frozen CLIP'}"
+        cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
+        rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
+        what = f"loop {stage.loop}  Stage {STAGES.index(stage.name) + 1}"
+        lines.append(f"  {what}  {stage.epochs} epochs, batch {stage.batch_size}, {rate}{looks}")
+    lines += ["", f"Files in {folder}", *(f"  {name}" for name in files)]
+    return "\n".join(lines)
