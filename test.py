@@ -109,8 +109,8 @@ def load_models(args: argparse.Namespace) -> list[Tested]:
             shared, backbone = own, load_backbone(*own, args.clip_weights)
         if own != shared:
             raise ValueError(
-                f"{checkpoint.path}: its backbone (name, size in px, quick-GELU) is {own}, that of the others {shared}. "
-                "Test them in two calls."
+                f"{checkpoint.path}: its backbone (name, size in px, quick-GELU) is {own}, "
+                f"that of the others {shared}. Test them in two calls."
             )
         model = build_model(config, backbone, checkpoint, device)
         model.set_stage(None)

@@ -7,6 +7,7 @@ output of block 5.
 
 import hashlib
 import logging
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,7 +117,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
             state = load_file(path)
         elif _is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                # Deprecated, but there is no other reader of OpenAI's archives.
+                warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
+                state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip, safetensors and TorchScript errors share no base class

@@ -354,7 +354,8 @@ class Trainer:
         flag, size = f"--{stage.name}_batch_size", self.model.backbone.img_size
         return (
             f"Out of memory at {_describe(self.position)}. Tried: {flag} {stage.batch_size}, --img_size {size}, "
-            f"--precision {self.settings.precision} on {self.device}.\nThe last state is in {self.folder}. Start again in a new --save_path with a smaller {flag}, or with --precision bf16.\n"
+            f"--precision {self.settings.precision} on {self.device}.\nThe last state is in {self.folder}. Start again "
+            f"in a new --save_path with a smaller {flag}, or with --precision bf16.\n"
             f"({str(error).partition(chr(10))[0][:200]})"
         )
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# Loggers of this program: its scripts and packages.
+PROGRAM = ("train", "train_cross_attention", "test", "model", "dataset", "utils")
+
 
 class _TqdmHandler(logging.Handler):
     """Writes above a running progress bar instead of through it."""
@@ -27,7 +30,7 @@ def setup_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    for name in ("__main__", "model", "dataset", "utils", "forward_utils_cross_attention"):
+    for name in PROGRAM:
         logging.getLogger(name).setLevel(logging.INFO)
 
 

@@ -1,0 +1,143 @@
+"""Seconds and peak memory of training steps and evaluation, in units of one plain image forward of the backbone.
+
+    python -m benchmarks.speed                       # ViT-L/14 on stand-in weights, 224 px, batch 2
+
+Medians of one run. Peak memory is that of the whole process, so it grows from row to row at most.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from forward_utils_cross_attention import (
+    ClassText,
+    PromptBank,
+    encode,
+    encode_stage1,
+    predict,
+    stage1_loss,
+    stage2_loss,
+)
+from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from model.backbone import Backbone, clip_config, default_adapters
+from tests.standin import standin_backbone, standin_images, standin_masks
+
+
+def make_model(backbone: Backbone, text: bool, image: bool) -> CrossAttentionCLIP:
+    """A model with fresh modules, the cross-attentions moved off their zero start."""
+    adapters = default_adapters(clip_config(backbone.model_name, backbone.img_size))
+    config = ModelConfig(
+        backbone.model_name, backbone.img_size, **adapters, text_cross_attn=text, image_cross_attn=image
+    )
+    torch.manual_seed(0)
+    model = CrossAttentionCLIP(backbone, config)
+    for module in (model.text_cross_attn, model.image_cross_attn):
+        if module is not None:
+            torch.nn.init.normal_(module.out_proj.weight, std=0.01)
+    return model
+
+
+def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
+    """{what: one call of it}."""
+    size, device = backbone.img_size, backbone.scale.device
+    images = standin_images(batch_size, size).to(device)
+    classes = ["candle", "cashew"] * (batch_size // 2) + ["candle"] * (batch_size % 2)
+    batch = {
+        "mask": standin_masks(batch_size, size).to(device),
+        "label": torch.tensor([1] + [0] * (batch_size - 1), device=device),
+        "has_mask": torch.ones(batch_size, dtype=torch.bool, device=device),
+    }
+    bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"})
+    both, image_only = make_model(backbone, True, True).to(device), make_model(backbone, False, True).to(device)
+    vv_start = backbone.default_vv_start
+
+    def step(stage: str, source: str | None = None) -> Callable[[], None]:
+        def run() -> None:
+            both.set_stage(stage)
+            optimizer = torch.optim.Adam([p for p in both.parameters() if p.requires_grad], lr=1e-6)
+            text = ClassText(both, bank, fixed=stage == "image")
+            if stage == "text":
+                patches, anchors = encode_stage1(both, images, classes, text, source, vv_start, True)
+                loss, _ = stage1_loss(patches, anchors, backbone.scale, batch, "all", 0.1)
+            else:
+                features, anchors = encode(both, images, classes, text)
+                loss, _ = stage2_loss(features, anchors, backbone.scale, batch)
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    def evaluation(model: CrossAttentionCLIP) -> Callable[[], None]:
+        text = ClassText(model, bank, fixed=True)
+
+        def run() -> None:
+            model.set_stage(None)
+            predict(model, images, classes, text, "industrial")
+
+        return run
+
+    def plain() -> None:
+        with torch.no_grad():
+            backbone.clip.encode_image(images)
+
+    return {
+        "plain image forward (the unit)": plain,
+        "evaluation, image cross-attention": evaluation(image_only),
+        "evaluation, both cross-attentions": evaluation(both),
+        "Stage 1 step, loop 1": step("text", "off"),
+        "Stage 1 step, later loops": step("text", "adapted"),
+        "Stage 2 step": step("image"),
+    }
+
+
+def measure(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at the peak so far: of the GPU, else of the process (NaN on Windows, which does not tell it this way)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", default="ViT-L-14-336")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    runs = cases(standin_backbone(args.model_name, args.img_size).to(device), args.batch_size)
+    seconds = {name: [] for name in runs}
+    # Round after round, so that a machine that slows down does so for all.
+    for _ in tqdm(range(args.repeats + 1), desc="rounds"):
+        for name, run in runs.items():
+            seconds[name].append(measure(run, device))
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
+    unit = next(iter(medians.values()))
+    print(f"{args.model_name}, {args.img_size} px, batch {args.batch_size}, {device}, {args.repeats} rounds, fp32")
+    for name, value in medians.items():
+        print(f"  {name:36} {value:8.3f} s  {value / unit:6.2f} units")
+    print(f"  peak memory {peak_memory(device):.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

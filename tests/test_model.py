@@ -1,0 +1,229 @@
+"""The extension starts as the base model, sees what it should, and keeps the images of a batch apart."""
+
+import pytest
+import torch
+
+from forward_utils_cross_attention import (
+    ClassText,
+    PromptBank,
+    encode,
+    encode_stage1,
+    image_context,
+    make_anchors,
+    predict,
+    stage1_loss,
+    stage2_loss,
+)
+from model.adapter import Prompts, SimpleAdapter, SimpleProj, TextContext
+from tests.conftest import make_model, move_cross_attention
+from tests.standin import standin_backbone, standin_images, standin_masks
+
+DESCRIPTIONS = {"nut": "metal nut which has four notched edges", "candle": "candle", "tile": "speckled tile surface"}
+BOTH = {"text_cross_attn": True, "image_cross_attn": True}
+
+
+def batch_of(count: int, size: int) -> dict:
+    return {
+        "mask": standin_masks(count, size),
+        "label": torch.tensor([1] + [0] * (count - 1)),
+        "has_mask": torch.ones(count, dtype=torch.bool),
+    }
+
+
+@pytest.fixture(scope="module", params=["demo", "ViT-L-14-336"])
+def pair(request, backbone):
+    """A base model and the same one with both cross-attentions at their zero start, and prompts for them."""
+    if request.param != "demo":
+        backbone = standin_backbone(request.param, 112)
+    base, extended = make_model(backbone), make_model(backbone, **BOTH)
+    for name in ("text_adapter", "image_adapter"):
+        getattr(extended, name).load_state_dict(getattr(base, name).state_dict())
+    return base, extended, PromptBank(backbone, DESCRIPTIONS)
+
+
+CLASSES = ["candle", "nut"]
+
+
+def test_zero_start_adds_exactly_nothing(pair):
+    base, extended, bank = pair
+    images = standin_images(2, base.backbone.img_size)
+    text = ClassText(extended, bank, fixed=False)
+    context = text.contexts(CLASSES)
+    features, plain = extended.visual(images, context), base.visual(images)
+    tokens = base.backbone.embed_images(images)
+    assert (extended.image_cross_attn(tokens, context.tokens, context.mask) - tokens == 0).all()
+    prompts = bank.select(bank.prompts, bank.numbers(CLASSES))
+    queries = prompts.tokens.flatten(1, 2)
+    assert (extended.text_cross_attn(queries, image_context(features)) - queries == 0).all()
+    for found, expected in zip(features.patches, plain.patches, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(features.det, plain.det) and torch.equal(features.cls, plain.cls)
+    # The base reads the prompts in the same batches here, image by image.
+    anchors = make_anchors(base.text(prompts))
+    assert torch.equal(text.anchors(CLASSES, image_context(features)), anchors)
+    # Equal features and anchors give equal maps, scores and losses; here through the whole path.
+    batch, scale = batch_of(2, base.backbone.img_size), base.backbone.scale
+    encoded = encode(extended, images, CLASSES, text)
+    assert torch.equal(stage2_loss(*encoded, scale, batch)[0], stage2_loss(plain, anchors, scale, batch)[0])
+
+
+def test_zero_start_gives_the_base_models_losses_and_maps(pair):
+    base, extended, bank = pair
+    images, size = standin_images(2, base.backbone.img_size), base.backbone.img_size
+    batch, scale = batch_of(2, size), base.backbone.scale
+    losses, predictions = [], []
+    for model in (base, extended):
+        vv_start = model.backbone.default_vv_start
+        model.set_stage("text")
+        first = encode_stage1(model, images, CLASSES, ClassText(model, bank, fixed=False), "off", vv_start, True)
+        model.set_stage("image")
+        text = ClassText(model, bank, fixed=True)
+        second = encode(model, images, CLASSES, text)
+        losses.append((stage1_loss(*first, scale, batch, "all", 0.1)[0], stage2_loss(*second, scale, batch)[0]))
+        predictions.append(predict(model, images, CLASSES, text, "industrial"))
+    for expected, found in zip(*losses, strict=True):
+        assert abs(expected.item() - found.item()) <= 1e-5
+    spread = predictions[0].maps.max() - predictions[0].maps.min()
+    assert (predictions[0].maps - predictions[1].maps).abs().max() <= 1e-4 * spread
+    assert torch.allclose(predictions[0].scores, predictions[1].scores, atol=1e-5)
+
+
+def test_a_few_steps_move_both_modules_and_the_output(backbone):
+    model = make_model(backbone, **BOTH)
+    bank, images, batch = PromptBank(backbone, DESCRIPTIONS), standin_images(2, 64), batch_of(2, 64)
+    before = predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial")
+    for stage in ("text", "image"):
+        model.set_stage(stage)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        text = ClassText(model, bank, fixed=stage == "image")
+        for _ in range(3):
+            if stage == "text":
+                encoded = encode_stage1(model, images, CLASSES, text, "off", backbone.default_vv_start, True)
+                loss, _ = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
+            else:
+                loss, _ = stage2_loss(*encode(model, images, CLASSES, text), backbone.scale, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    after = predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial")
+    assert not torch.equal(before.maps, after.maps) and not torch.equal(before.scores, after.scores)
+    for module in (model.text_cross_attn, model.image_cross_attn):
+        assert module.out_proj.weight.abs().max() > 0
+        weight = module.out_proj.weight.detach().clone()
+        module.out_proj.weight.data.zero_()
+        bias = module.out_proj.bias.detach().clone()
+        module.out_proj.bias.data.zero_()
+        without = predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial")
+        assert not torch.equal(without.maps, after.maps)
+        module.out_proj.weight.data.copy_(weight)
+        module.out_proj.bias.data.copy_(bias)
+
+
+@pytest.mark.parametrize("context", ["adapted", "frozen"])
+def test_images_of_a_batch_do_not_meet(backbone, context):
+    model = make_model(backbone, image_context=context, **BOTH)
+    move_cross_attention(model)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS), fixed=True)
+    images = standin_images(8, 64)
+    names = [list(DESCRIPTIONS)[i % 3] for i in range(8)]
+    with torch.no_grad():
+        anchors = encode(model, images, names, text)[1]
+    together = predict(model, images, names, text, "industrial")
+    assert (anchors[0] - anchors[3]).abs().max() > 1e-3  # one class, two images: the anchors see the image
+    for i in range(8):
+        one = slice(i, i + 1)
+        with torch.no_grad():
+            alone_anchors = encode(model, images[one], names[one], text)[1]
+        alone = predict(model, images[one], names[one], text, "industrial")
+        spread = alone.maps.max() - alone.maps.min()
+        assert (anchors[one] - alone_anchors).abs().max() <= 1e-6
+        assert (together.maps[one] - alone.maps).abs().max() <= 1e-4 * spread
+        assert (together.scores[one] - alone.scores).abs().max() <= 1e-4 * together.scores.std()
+
+
+def test_padding_is_not_attended_to(backbone):
+    model = make_model(backbone, **BOTH)
+    move_cross_attention(model)
+    bank = PromptBank(backbone, DESCRIPTIONS)
+    prompts = bank.select(bank.prompts, bank.numbers(["candle"]))
+    padded = Prompts(torch.nn.functional.pad(prompts.tokens, (0, 0, 0, 9), value=7.0), prompts.eot)
+    images = standin_images(1, 64)
+    with torch.no_grad():
+        found = [model.visual(images, TextContext.join(model.context_prompts(p))) for p in (prompts, padded)]
+        context = image_context(found[0])
+        anchors = [make_anchors(model.text(p, context)) for p in (prompts, padded)]
+    assert torch.allclose(found[0].patches[3], found[1].patches[3], atol=1e-5)
+    assert torch.allclose(*anchors, atol=1e-5)
+
+
+def test_a_missing_context_is_an_error(backbone):
+    model = make_model(backbone, **BOTH)
+    bank = PromptBank(backbone, DESCRIPTIONS)
+    with pytest.raises(ValueError, match="needs a text context"):
+        model.visual(standin_images(1, 64))
+    with pytest.raises(ValueError, match="needs an image context"):
+        model.text(bank.prompts)
+    with pytest.raises(ValueError, match="needs its own context"):
+        model.text(bank.prompts, torch.zeros(1, 65, backbone.embed_dim))
+
+
+@pytest.mark.parametrize("stage", ["text", "image"])
+def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
+    model = make_model(backbone, **BOTH)
+    move_cross_attention(model)
+    model.set_stage(stage)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS), fixed=stage == "image")
+    images, batch = standin_images(2, 64), batch_of(2, 64)
+    if stage == "text":
+        encoded = encode_stage1(model, images, CLASSES, text, "adapted", backbone.default_vv_start, True)
+        assert not any(level.requires_grad for level in encoded[0])
+        loss, _ = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
+    else:
+        encoded = encode(model, images, CLASSES, text)
+        assert not encoded[1].requires_grad  # anchors are fixed, the image in them included
+        loss, _ = stage2_loss(*encoded, backbone.scale, batch)
+    loss.backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == set(model.trainable(stage))
+    assert len(reached) == 2
+
+
+def test_projectors_see_the_plain_clip(backbone):
+    model = make_model(backbone, **BOTH)
+    move_cross_attention(model)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS), fixed=False)
+    images = standin_images(2, 64)
+    patches, _ = encode_stage1(model, images, CLASSES, text, "projectors", backbone.default_vv_start, True)
+    for found, expected in zip(patches, model.project_levels(backbone.plain_tokens(images)), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_shapes_of_the_vit_l_modules():
+    backbone = standin_backbone("ViT-L-14-336", 56)
+    model = make_model(backbone, image_adapt_until=6, **BOTH)
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items() if "backbone" not in name}
+    assert shapes["text_adapter.3.fc.0.weight"] == [768, 768]
+    assert shapes["image_adapter.layer_adapters.5.fc.0.weight"] == [1024, 1024]
+    assert shapes["image_adapter.seg_proj.3.fc.weight"] == [768, 1024]
+    assert shapes["image_adapter.det_proj.fc.weight"] == [768, 1024]
+    expected = {"q_proj": [768, 1024], "k_proj": [768, 768], "v_proj": [768, 768], "out_proj": [1024, 768]}
+    for name, shape in expected.items():
+        assert shapes[f"image_cross_attn.{name}.weight"] == shape
+        assert shapes[f"text_cross_attn.{name}.weight"] == [768, 768]
+    assert "text_adapter.4.fc.0.weight" not in shapes
+    assert "image_adapter.layer_adapters.6.fc.0.weight" not in shapes
+
+
+def test_relu_and_bottleneck_variants(backbone):
+    model = make_model(backbone, relu=True, adapter_hidden=16)
+    names = {name for name, _ in model.image_adapter.named_parameters()}
+    assert {"seg_proj.0.fc.0.weight", "det_proj.fc.0.weight", "layer_adapters.0.fc.2.weight"} <= names
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    first, last = (model.image_adapter["layer_adapters"][0].fc[i].weight for i in (0, 2))
+    leaky = torch.nn.functional.leaky_relu
+    expected = leaky(leaky(x @ first.T, 0.01) @ last.T, 0.01)
+    assert torch.allclose(model.image_adapter["layer_adapters"][0](x), expected, atol=1e-6)
+    assert [list(p.shape) for p in SimpleAdapter(8, 3).parameters()] == [[3, 8], [8, 3]]
+    assert torch.equal(SimpleProj(4, 2, relu=True)(torch.zeros(1, 4)), torch.zeros(1, 2))
+    proj = model.image_adapter["seg_proj"][0]
+    assert torch.allclose(proj(x), leaky(x @ proj.fc[0].weight.T, 0.01), atol=1e-6)

@@ -1,0 +1,352 @@
+"""The feedback schedule: what trains when, what is carried over, and exact continuation."""
+
+import csv
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.images import AnomalyDataset, SeededSampler, make_loader
+from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1
+from model.adapter_cross_attention import MODULES, STAGE_MODULES
+from tests.conftest import EPOCHS, assert_same_tensors, make_model, tensors
+from utils import checkpoints
+from utils.engine import Trainer, load_training_data, run_header
+from utils.plan import Settings, plan_stages
+
+BOTH = {"text_cross_attn": True, "image_cross_attn": True}
+EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS]
+
+
+def settings(**changes) -> Settings:
+    values = {
+        "dataset": "small", "domain": None, "shot": None, "val_fraction": 0.0, "seed": 3,
+        "text_epoch": [1], "image_epoch": [1], "text_batch_size": 4, "image_batch_size": 2,
+        "text_lr": 1e-3, "image_lr": 5e-4, "text_cross_attn_lr": None, "image_cross_attn_lr": None,
+        "lr_decay": 0.5, "text_norm_weight": 0.1, "stage1_levels": "all", "feedback": "adapted",
+        "vv_attention": "batch", "surgery_until_layer": None, "optimizer_state": "reset", "precision": "fp32",
+    }  # fmt: skip
+    return Settings(**values | changes)
+
+
+def make_trainer(
+    backbone, data_root, folder, loops=1, config=BOTH, on_stage_end=lambda trainer, stage: None, **changes
+):
+    chosen = settings(**changes)
+    model = make_model(backbone, seed=chosen.seed, **config)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        model,
+        load_training_data(chosen, data_root),
+        chosen,
+        plan_stages(chosen, range(1, loops + 1)),
+        folder,
+        run_header(model.config, chosen, {}),
+        on_stage_end,
+    )
+
+
+def hashes(model) -> dict[str, str]:
+    """A hash of each trainable module, and one of the frozen CLIP."""
+    modules = model.trainable() | {"backbone": model.backbone}
+    return {
+        name: hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in module.state_dict().values())).hexdigest()
+        for name, module in modules.items()
+    }
+
+
+class Watched(Trainer):
+    """Notes the modules' hashes around each stage and what the first step of each Stage 1 looks at."""
+
+    def run_stage(self, stage):
+        before = hashes(self.model)
+        super().run_stage(stage)
+        self.seen = [*getattr(self, "seen", []), (stage.loop, stage.name, before, hashes(self.model))]
+
+    def losses(self, stage, batch, text):
+        if stage.name == "text" and self.position.step == 0 and self.model.text_adapter[0].fc[0].weight.requires_grad:
+            images, names = batch["image"], batch["class_name"]
+            arguments = (self.model, images, names, text)
+            self.looked_at = getattr(self, "looked_at", {})
+            self.looked_at[stage.loop] = {
+                "used": encode_stage1(*arguments, stage.source, self.vv_start, True)[0],
+                "frozen": encode_stage1(*arguments, "off", self.vv_start, True)[0],
+                "trained": encode(*arguments)[0].patches,
+            }
+        return super().losses(stage, batch, text)
+
+
+def test_carry_over(backbone, data_root, tmp_path):
+    chosen = settings(stage1_levels="all")
+    model = make_model(backbone, seed=3, **BOTH)
+    stages = plan_stages(chosen, range(1, 4))
+    data = load_training_data(chosen, data_root)
+    run = Watched(model, data, chosen, stages, tmp_path, run_header(model.config, chosen, {}), lambda *_: None)
+    start = hashes(model)
+    run.run()
+    assert [entry[:2] for entry in run.seen] == [(k, s) for k in (1, 2, 3) for s in ("text", "image")]
+    last = start
+    for _, stage, before, after in run.seen:
+        assert before == last  # starts from the exact weights that the one before ended with
+        assert {name for name in before if before[name] != after[name]} == set(STAGE_MODULES[stage])
+        last = after
+    for loop, features in run.looked_at.items():
+        same = [torch.equal(a, b) for a, b in zip(features["used"], features["frozen"], strict=True)]
+        trained = [torch.equal(a, b) for a, b in zip(features["used"], features["trained"], strict=True)]
+        assert all(same) if loop == 1 else not any(same)
+        assert not any(trained) if loop == 1 else all(trained)
+    assert set(run.looked_at) == {1, 2, 3}
+
+
+def test_plan_of_epochs_rates_and_features():
+    chosen = settings(text_epoch=[5, 3, 2], image_epoch=[20], text_lr=1e-5, image_cross_attn_lr=1e-4)
+    plan = plan_stages(chosen, range(1, 5))
+    assert [stage.epochs for stage in plan] == [5, 20, 3, 20, 2, 20, 2, 20]
+    assert [stage.lr for stage in plan[::2]] == [1e-5, 5e-6, 2.5e-6, 1.25e-6]
+    assert [stage.cross_attn_lr for stage in plan[1::2]] == [1e-4, 5e-5, 2.5e-5, 1.25e-5]
+    assert [stage.source for stage in plan[::2]] == ["off", "adapted", "adapted", "adapted"]
+    assert {stage.source for stage in plan_stages(settings(feedback="off"), range(1, 4))[::2]} == {"off"}
+
+
+def test_learning_rate_is_halved_at_the_milestones(backbone, data_root, tmp_path):
+    run = make_trainer(backbone, data_root, tmp_path, image_cross_attn_lr=1e-4)
+    for stage, step, expected in [
+        (run.stages[1], 15999, (5e-4, 1e-4)),
+        (run.stages[1], 16000, (2.5e-4, 5e-5)),
+        (run.stages[1], 32000, (1.25e-4, 2.5e-5)),
+        (run.stages[0], 32000, (1e-3, 1e-3)),
+    ]:
+        run.model.set_stage(stage.name)
+        optimizer = run._make_optimizer(stage, begun=False)
+        run._set_learning_rates(optimizer, stage, step)
+        assert tuple(group["lr"] for group in optimizer.param_groups) == expected
+        assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+
+
+def test_plain_aa_clip_inside(backbone, data_root, tmp_path):
+    """One loop without the extension, from the same fresh base, is what train.py does."""
+    kept = {}
+    for name, changes in {"train.py": {"lr_decay": 1.0}, "loop": {"lr_decay": 0.5}}.items():
+        run = make_trainer(
+            backbone,
+            data_root,
+            tmp_path / name,
+            config={},
+            stage1_levels="last",
+            feedback="off",
+            image_epoch=[2],
+            **changes,
+        )
+        run.run()
+        kept[name] = checkpoints.states(run.model)
+    for module in ("text_adapter", "image_adapter"):
+        for key, value in kept["train.py"][module].items():
+            assert torch.equal(value, kept["loop"][module][key])
+
+
+def test_optimiser_state_resets_or_carries(backbone, data_root, tmp_path):
+    moments = {}
+    for choice in ("reset", "carry"):
+        run = make_trainer(backbone, data_root, tmp_path / choice, loops=2, optimizer_state=choice)
+        steps = []
+
+        def note(trainer, stage, steps=steps):
+            state = trainer.optimizer_states[stage.name]["state"]
+            steps.append((stage.name, int(state[0]["step"])))
+
+        run.on_stage_end = note
+        run.run()
+        moments[choice] = steps
+    per_loop = {"text": 5, "image": 10}  # 20 images, batches of 4 and of 2
+    assert moments["reset"] == [("text", 5), ("image", 10)] * 2
+    assert moments["carry"] == [(n, k * per_loop[n]) for k in (1, 2) for n in ("text", "image")]
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def without_time(folder: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(folder)]
+
+
+def test_sigterm_saves_and_the_same_run_goes_on_exactly(scripts, base, tmp_path, monkeypatch, capsys):
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--loops", "2", "--val_fraction", "0.2"]
+    assert scripts(*command, "--save_path", tmp_path / "whole") == 0
+    original, calls = Trainer.train_step, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 7:  # the third step of loop 1's Stage 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert scripts(*command, "--save_path", tmp_path / "cut") == 1
+    assert "Stopped by SIGTERM at loop 1, Stage 2, epoch 1, step 3" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "loop_1.pth").exists()
+    assert scripts(*command, "--save_path", tmp_path / "cut") == 0
+    for loop in range(3):
+        assert_same_tensors(tmp_path / "cut" / f"loop_{loop}.pth", tmp_path / "whole" / f"loop_{loop}.pth")
+    assert without_time(tmp_path / "cut") == without_time(tmp_path / "whole")
+
+
+def test_killed_and_started_again_gives_the_same_tensors(scripts, base, data_root, tmp_path):
+    arguments = [
+        *EXTEND,
+        "--image_epoch",
+        "40",
+        "1",
+        "--resume",
+        str(base),
+        "--loops",
+        "2",
+        "--data_root",
+        str(data_root),
+    ]
+    assert scripts("train_cross_attention", *arguments, "--save_path", tmp_path / "whole") == 0
+    command = [sys.executable, "train_cross_attention.py", *arguments, "--save_path", str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "cut" / "log.csv", time.monotonic() + 120
+    while not (log.exists() and log.read_text(encoding="utf-8").count("epoch,1,2") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "cut" / "loop_1.pth").exists()
+    assert scripts("train_cross_attention", *arguments, "--save_path", tmp_path / "cut") == 0
+    for loop in range(3):
+        assert_same_tensors(tmp_path / "cut" / f"loop_{loop}.pth", tmp_path / "whole" / f"loop_{loop}.pth")
+
+
+def test_extending_a_run_and_going_on_from_a_loop_file(scripts, base, tmp_path, capsys):
+    command = ["train_cross_attention", *EXTEND, "--resume", base]
+    assert scripts(*command, "--loops", "2", "--save_path", tmp_path / "whole") == 0
+    assert scripts(*command, "--loops", "1", "--save_path", tmp_path / "grown") == 0
+    assert scripts(*command, "--loops", "2", "--save_path", tmp_path / "grown") == 0
+    assert_same_tensors(tmp_path / "grown" / "loop_2.pth", tmp_path / "whole" / "loop_2.pth")
+    assert scripts(*command, "--loops", "2", "--save_path", tmp_path / "grown") == 0
+    assert "already has its 2 loops" in capsys.readouterr().err
+    assert scripts(*command, "--loops", "1", "--save_path", tmp_path / "grown") == 2
+    assert "already has 2 loops" in capsys.readouterr().err
+    loop_1 = tmp_path / "whole" / "loop_1.pth"
+    new = ["train_cross_attention", *EXTEND, "--resume", loop_1, "--save_path", tmp_path / "new", "--loops", "2"]
+    assert scripts(*new) == 0
+    assert_same_tensors(tmp_path / "new" / "loop_2.pth", tmp_path / "whole" / "loop_2.pth")
+    assert_same_tensors(tmp_path / "new" / "loop_0.pth", tmp_path / "whole" / "loop_0.pth")
+    assert scripts(*new, "--optimizer_state", "carry") == 2
+    assert "hold no optimiser" in capsys.readouterr().err
+
+
+def test_log_has_step_zero_and_every_measure(scripts, base, tmp_path):
+    assert (
+        scripts("train_cross_attention", *EXTEND, "--resume", base, "--loops", "2", "--save_path", tmp_path / "x") == 0
+    )
+    rows = read_log(tmp_path / "x")
+    assert [(r["kind"], r["loop"], r["stage"], r["step"]) for r in rows[:2]] == [
+        ("step", "1", "1", "0"),
+        ("step", "1", "1", "1"),
+    ]
+    assert rows[0]["added_text_cross_attn"] == "0.0"
+    assert float(rows[1]["added_text_cross_attn"]) > 0
+    stage2 = [r for r in rows if (r["kind"], r["loop"], r["stage"]) == ("step", "1", "2")]
+    assert stage2[0]["step"] == "0" and stage2[0]["added_image_cross_attn"] == "0.0"
+    assert float(stage2[1]["added_image_cross_attn"]) > 0
+    epochs = [r for r in rows if r["kind"] == "epoch"]
+    assert len(epochs) == 4
+    for row in epochs:
+        own = STAGE_MODULES["text" if row["stage"] == "1" else "image"]
+        for name in MODULES:
+            for measure in ("grad_norm", "update"):
+                assert (float(row[f"{measure}_{name}"]) > 0) if name in own else row[f"{measure}_{name}"] == ""
+        terms = [f"{t}_{k}" for t in ("focal", "dice_normal", "dice_abnormal") for k in range(1, 5)]
+        total = sum(float(row[t]) for t in terms)
+        total += 0.1 * float(row["orthogonal"]) if row["stage"] == "1" else float(row["classification"])
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-5)
+        assert 0 <= float(row["anchor_separation"]) <= 2 and float(row["lr"]) > 0
+
+
+def test_step_zero_losses_are_the_base_models(scripts, base, tmp_path):
+    """What the first row of a run with both modules says equals that of a run without them."""
+    common = ["train_cross_attention", *EXTEND, "--resume", base, "--loops", "1"]
+    assert scripts(*common, "--save_path", tmp_path / "with") == 0
+    off = ["--no_text_cross_attn", "--no_image_cross_attn"]
+    assert scripts(*common, *off, "--save_path", tmp_path / "without") == 0
+    first = [float(read_log(tmp_path / name)[0]["loss"]) for name in ("with", "without")]
+    assert first[0] == pytest.approx(first[1], abs=1e-5)
+    content = torch.load(tmp_path / "without" / "loop_1.pth", weights_only=True)
+    assert content["text_cross_attn"] is None and content["image_cross_attn"] is None
+    assert {
+        k: v for k, v in tensors(tmp_path / "with" / "loop_0.pth").items() if "cross_attn" not in k
+    }.keys() == tensors(base).keys()
+
+
+def test_nan_loss_names_the_batch_and_keeps_the_state(scripts, base, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "x"
+    original = Trainer.losses
+
+    def broken(self, stage, batch, text):
+        loss, terms = original(self, stage, batch, text)
+        return (loss * float("nan"), terms) if stage.name == "image" else (loss, terms)
+
+    monkeypatch.setattr(Trainer, "losses", broken)
+    assert scripts("train_cross_attention", *EXTEND, "--resume", base, "--loops", "1", "--save_path", folder) == 1
+    message = capsys.readouterr().err
+    assert "loss is nan at loop 1, Stage 2, epoch 1, step 0" in message and ".png" in message
+    state = checkpoints.read(folder / "state.pth")
+    assert state["position"] == (1, "image", 0, 0)
+    assert all(t.isfinite().all() for module in state["modules"].values() for t in module.values())
+
+
+def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, capsys):
+    def exhausted(self, stage, batch, text):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainer, "losses", exhausted)
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--loops", "1", "--save_path", tmp_path / "x"]
+    assert scripts(*command) == 1
+    message = capsys.readouterr().err
+    assert "--text_batch_size 4, --img_size 64" in message and "smaller --text_batch_size" in message
+
+
+def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
+    folder = data_root / "small"
+    records = load_training_data(settings(), data_root).train
+    dataset = AnomalyDataset(folder, records, 64, "image")
+
+    def epoch(workers: int, number: int, skip: int = 0) -> torch.Tensor:
+        sampler = SeededSampler(len(dataset), seed=5, loop=1, stage="image")
+        sampler.set_epoch(number, skip)
+        torch.manual_seed(number + workers)  # the global generator must not matter
+        return torch.cat([batch["image"] for batch in make_loader(dataset, 3, workers, sampler)])
+
+    first = epoch(0, 0)
+    assert torch.equal(first, epoch(2, 0))
+    assert torch.equal(first[6:], epoch(0, 0, skip=6))
+    assert not torch.equal(first, epoch(0, 1))
+
+
+def test_maskless_images_skip_the_segmentation_loss(backbone, data_root):
+    from forward_utils_cross_attention import segmentation_terms
+
+    model = make_model(backbone)
+    bank = PromptBank(backbone, {"candle": "candle"})
+    dataset = AnomalyDataset(data_root / "small", load_training_data(settings(), data_root).train[:4], 64)
+    batch = next(iter(make_loader(dataset, 4, 0)))
+    with torch.no_grad():
+        features, anchors = encode(model, batch["image"], ["candle"] * 4, ClassText(model, bank, fixed=True))
+    batch["has_mask"] = torch.tensor([True, False, True, True])
+    found = segmentation_terms(features.patches, anchors, backbone.scale, batch)
+    rows = [0, 2, 3]
+    kept = {"mask": batch["mask"][rows], "has_mask": torch.ones(3, dtype=torch.bool)}
+    expected = segmentation_terms([p[rows] for p in features.patches], anchors[rows], backbone.scale, kept)
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+    batch["has_mask"][:] = False
+    assert segmentation_terms(features.patches, anchors, backbone.scale, batch) == {}
