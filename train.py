@@ -16,7 +16,6 @@ from model.backbone import empty_backbone, load_backbone
 from utils import arguments, checkpoints
 from utils.cli import run_script
 from utils.engine import Trainer, load_training_data, run_header
-from utils.logs import log_to_file
 from utils.plan import Stage, describe_plan, plan_stages
 
 logger = logging.getLogger("train")
@@ -79,13 +78,9 @@ def main() -> None:
     check_grid(backbone.grid, data.domain)
     model = checkpoints.build_model(config, backbone, None, device, settings.seed)
     trainer = Trainer(model, data, settings, stages, folder, header, on_stage_end, arguments.workers_of(args))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    log_to_file(folder / "train.log")
+    trainer.open_folder(new=state is None)
     if state:
         trainer.restore(state)
-    else:
-        trainer.save()
     trainer.run()
     logger.info("Done. Extend it: python train_cross_attention.py --resume %s --dataset %s", folder, args.dataset)
 

@@ -18,7 +18,6 @@ from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
 from utils.engine import Trainer, load_training_data, run_header
-from utils.logs import log_to_file
 from utils.plan import Stage, describe_plan, plan_stages
 
 logger = logging.getLogger("train_cross_attention")
@@ -162,13 +161,9 @@ def main() -> None:
     check_grid(backbone.grid, data.domain)
     model = checkpoints.build_model(config, backbone, checkpoint, device, settings.seed)
     trainer = Trainer(model, data, settings, stages, folder, header, on_stage_end, arguments.workers_of(args))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    log_to_file(folder / "train.log")
+    trainer.open_folder(new=state is None)
     if assumed:
         logger.info("%s names no backbone. Assumed: %s", args.resume, " ".join(assumed))
-    if state is None:
-        trainer.save()  # before all else, so that the folder is known as this run's
     if not (folder / "loop_0.pth").exists():
         if checkpoint.is_loop_file:
             checkpoints.save(checkpoints.read(args.resume.parent / "loop_0.pth"), folder / "loop_0.pth")

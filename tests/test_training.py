@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataset.images import AnomalyDataset, SeededSampler, make_loader
-from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1
+from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, segmentation_terms
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
 from tests.conftest import EPOCHS, assert_same_tensors, make_model, tensors
 from utils import checkpoints
@@ -334,8 +334,6 @@ def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
 
 
 def test_maskless_images_skip_the_segmentation_loss(backbone, data_root):
-    from forward_utils_cross_attention import segmentation_terms
-
     model = make_model(backbone)
     bank = PromptBank(backbone, {"candle": "candle"})
     dataset = AnomalyDataset(data_root / "small", load_training_data(settings(), data_root).train[:4], 64)

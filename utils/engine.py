@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.images import STAGES, AnomalyDataset, SeededSampler, check_masks, loader_message, make_loader
-from dataset.records import Record, few_shot, hold_out, open_dataset
+from dataset.records import Record, few_shot, hold_out, open_dataset, write_records
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
 from utils import checkpoints
-from utils.logs import CsvLog, progress
+from utils.logs import CsvLog, log_to_file, progress
 from utils.plan import Position, Settings, Stage
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,16 @@ class Trainer:
         self.log = CsvLog(folder / "log.csv", COLUMNS)
 
     # state
+
+    def open_folder(self, new: bool) -> None:
+        """Make the run's folder and log to it. A new run is named there before all else by its state and its draw."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log_to_file(self.folder / "train.log")
+        if new:
+            self.save()
+            if self.settings.shot is not None:
+                path = self.folder / f"{self.settings.shot}-shot.jsonl"
+                write_records(path, self.data.train + self.data.held_out)
 
     def save(self) -> None:
         """Write all that exact continuation needs."""

@@ -1,0 +1,225 @@
+"""The commands of the README, on a small data set: exit codes, tables, files and messages."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dataset.images import AnomalyDataset
+from dataset.records import open_dataset
+from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
+from model.adapter_cross_attention import ModelConfig
+from model.backbone import load_backbone
+from tests.conftest import EPOCHS, SMALL, Scripts, write_small_dataset
+from utils.checkpoints import build_model, load_checkpoint
+
+EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def run(base, data_root, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", folder]
+        assert Scripts(monkeypatch, data_root)(*command) == 0
+    return folder
+
+
+@pytest.fixture
+def other_root(tmp_path) -> Path:
+    """A data set that no checkpoint has seen."""
+    write_small_dataset(tmp_path / "other", per_kind=4, classes=("bolt",))
+    return tmp_path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_side_by_side(scripts, run, other_root, capsys):
+    ckpt = run / "loop_2.pth"
+    assert scripts("test", "--ckpt", ckpt, "--dataset", "other", "--device", "cpu", data_root=other_root) == 0
+    out, err = capsys.readouterr()
+    assert "other: 8 images" in out and "x/loop_0 (base)" in out and "less its base" in out and "average" in out
+    assert "NOT ZERO-SHOT" not in err
+    rows = read_csv(run / "loop_2_other.csv")
+    assert [row["class"] for row in rows] == ["bolt", "average"]
+    for row in rows:
+        for metric in ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap"):
+            assert 0 <= float(row[metric]) <= 1
+            difference = float(row[metric]) - float(row[f"{metric}_base"])
+            assert float(row[f"{metric}_difference"]) == pytest.approx(difference)
+        assert row["trained_on_this_data_set"] == "False" and row["normal"] == row["anomalous"] == "4"
+    assert (run / "loop_0_other.csv").exists()
+
+
+def test_a_folder_means_all_loops_and_training_data_is_said_loudly(scripts, run, other_root, data_root, capsys):
+    (other_root / "small").symlink_to(data_root / "small")
+    command = ["test", "--ckpt", run, "--dataset", "small", "other", "--device", "cpu"]
+    assert scripts(*command, data_root=other_root) == 0
+    out, err = capsys.readouterr()
+    assert out.count("x/loop_2 ") == 3 + 2  # two classes and their average, one class and its average
+    assert err.count("NOT ZERO-SHOT") == 3
+    assert all(row["trained_on_this_data_set"] == "True" for row in read_csv(run / "loop_1_small.csv"))
+
+
+def test_a_base_alone(scripts, base, other_root, capsys):
+    assert scripts("test", "--ckpt", base, "--dataset", "other", "--device", "cpu", data_root=other_root) == 0
+    assert "less its base" not in capsys.readouterr().out
+    (row, _) = read_csv(base / "base_other.csv")
+    assert "pixel_ap_base" not in row
+
+
+def test_results_do_not_depend_on_the_batch(scripts, run, other_root):
+    found = []
+    for size in (1, 5):
+        command = ["test", "--ckpt", run / "loop_1.pth", "--dataset", "other", "--batch_size", size, "--device", "cpu"]
+        assert scripts(*command, data_root=other_root) == 0
+        found.append(read_csv(run / "loop_1_other.csv")[0])
+    for metric in ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap"):
+        assert float(found[0][metric]) == pytest.approx(float(found[1][metric]), abs=1e-3)
+
+
+def test_undefined_is_printed_as_not_available(scripts, base, tmp_path, capsys):
+    folder = write_small_dataset(tmp_path / "ill", classes=("colon",))
+    lines = [
+        line for line in (folder / "full-shot.jsonl").read_text(encoding="utf-8").splitlines() if '"label": 1' in line
+    ]
+    (folder / "full-shot.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    command = ["test", "--ckpt", base, "--dataset", "ill", "--domain", "medical", "--device", "cpu"]
+    assert scripts(*command, data_root=tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "n/a" in out and "nan" not in out
+    (row, _) = read_csv(base / "base_ill.csv")
+    assert row["image_auroc"] == "" and row["pixel_ap"] != ""
+
+
+def test_what_runs_in_training_runs_at_test(run, data_root):
+    """A loop file rebuilt from its own config sees both contexts: without them its maps differ."""
+    checkpoint = load_checkpoint(run / "loop_2.pth")
+    backbone = load_backbone("demo")
+    data = open_dataset("small", data_root)
+    bank = PromptBank(backbone, data.descriptions)
+    item = AnomalyDataset(data.folder, data.records, 64)[0]
+
+    def maps(**changes) -> torch.Tensor:
+        config = ModelConfig(**checkpoint.model | {f"{k}_weight": v for k, v in changes.items()})
+        model = build_model(config, backbone, checkpoint, torch.device("cpu"))
+        text = ClassText(model, bank, fixed=True)
+        return predict(model, item["image"][None], [item["class_name"]], text, "industrial").maps
+
+    whole = maps()
+    assert not torch.equal(whole, maps(text_cross_attn=0.0))
+    assert not torch.equal(whole, maps(image_cross_attn=0.0))
+
+
+def test_dry_run_needs_neither_weights_nor_data(scripts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert scripts("train", "--dry_run", data_root=tmp_path) == 0
+    plan = capsys.readouterr().out
+    for count in ("1,769,472", "589,824", "6,291,456", "3,145,728", "786,432", "2,359,296", "10,223,616"):
+        assert count in plan
+    assert scripts("train_cross_attention", "--dry_run", "--loops", "4", data_root=tmp_path) == 0
+    plan = capsys.readouterr().out
+    assert "loop_4.pth" in plan and "text -> image" in plan and "features adapted" in plan
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loops", "0"], "expected at least 1"),
+        (["--shot", "3"], "even number"),
+        (["--text_lr", "-1"], "expected a number over 0"),
+        (["--val_fraction", "1"], "less than 1"),
+        (["--device", "abacus"], "--device abacus: not usable here"),
+        (["--img_size", "96"], "--img_size 96: contradicts"),
+        (["--dataset", "nowhere"], "nowhere: no folder under"),
+        (["--text_epoch", "0"], "expected at least 1"),
+        (["--surgery_until_layer", "40"], "expected 1 to 13"),
+    ],
+)
+def test_bad_arguments_end_with_2_and_write_nothing(scripts, base, tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert scripts("train_cross_attention", *EXTEND, "--resume", base, "--save_path", out, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--img_size", "20"], "expected a multiple of demo's patch of 8 px, for instance 16 or 24"),
+        (["--img_size", "24"], "too small for the industrial blur"),
+        (["--text_adapt_until", "13"], "expected 1 to 12"),
+    ],
+)
+def test_bad_sizes_end_with_2_and_write_nothing(scripts, tmp_path, capsys, arguments, message):
+    assert scripts("train", *SMALL, *EPOCHS, "--save_path", tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_mask_and_long_class_name_end_with_2(scripts, base, tmp_path, capsys):
+    folder = write_small_dataset(tmp_path / "small")
+    out = ["--save_path", tmp_path / "out"]
+    command = ["train_cross_attention", *EXTEND, "--resume", base, *out]
+    Image.new("L", (48, 40)).save(folder / "candle" / "1_0_mask.png")
+    assert scripts(*command, data_root=tmp_path) == 2
+    assert "1_0_mask.png: the mask of an anomalous image is empty" in capsys.readouterr().err
+    write_small_dataset(tmp_path / "small", classes=("q7" * 60,))
+    assert scripts(*command, data_root=tmp_path) == 2
+    assert "Shorten the class name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_breaks_during_training_ends_with_1(scripts, base, tmp_path, capsys):
+    folder = write_small_dataset(tmp_path / "small")
+    (folder / "candle" / "0_1.png").write_bytes(b"gone bad")
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "out"]
+    assert scripts(*command, data_root=tmp_path) == 1
+    assert "0_1.png: not readable as an image" in capsys.readouterr().err
+    assert (tmp_path / "out" / "state.pth").exists() and (tmp_path / "out" / "loop_0.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("grid", "domain", "fits"), [(4, "industrial", True), (3, "industrial", False), (4, "medical", False)]
+)
+def test_grid_against_blur(grid, domain, fits):
+    if fits:
+        check_grid(grid, domain)
+    else:
+        with pytest.raises(ValueError, match="too small"):
+            check_grid(grid, domain)
+
+
+def test_few_shot_list_is_saved(scripts, base, tmp_path):
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "out", "--shot", "4"]
+    assert scripts(*command) == 0
+    assert len((tmp_path / "out" / "4-shot.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+
+
+def test_scripts_start_as_commands():
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    for script in ("train.py", "train_cross_attention.py", "test.py"):
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and "--data_root" in done.stdout
+
+
+@pytest.mark.skipif(not (REAL_DATA / "bsdata").is_dir(), reason="the real data sets are not here")
+def test_real_data_sets_can_be_read():
+    for name, count in {"mtd": 788, "bsdata": 290}.items():
+        data = open_dataset(name, REAL_DATA)
+        assert len(data.records) == count
+        assert list(data.descriptions.values()) == [
+            {"mtd": "magnetic tile surface", "bsdata": "metal ball screw drive"}[name]
+        ]
+        anomalous = next(record for record in data.records if record.label)
+        assert AnomalyDataset(data.folder, [anomalous], 224)[0]["mask"].any()
