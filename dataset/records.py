@@ -57,16 +57,11 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None) ->
     classes = list(dict.fromkeys(record.class_name for record in records))
     if info:  # known classes in the published order, others after them
         classes.sort(key=lambda c: list(info.classes).index(c) if c in info.classes else len(info.classes))
-    descriptions = {}
-    for class_name in classes:
-        descriptions[class_name], known = describe_class(name, class_name)
-        if not known:
-            logger.info(
-                "%s: no descriptive name for class '%s', the prompts call it '%s'.",
-                name,
-                class_name,
-                descriptions[class_name],
-            )
+    described = {class_name: describe_class(name, class_name) for class_name in classes}
+    descriptions = {class_name: description for class_name, (description, _) in described.items()}
+    plain = [description for description, known in described.values() if not known]
+    if plain:
+        logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", name, "', '".join(plain))
     return DataSet(name, folder, info.domain if info else domain or next(iter(BLUR)), records, descriptions)
 
 

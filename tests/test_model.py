@@ -198,6 +198,27 @@ def test_projectors_see_the_plain_clip(backbone):
         assert torch.equal(found, expected)
 
 
+def test_bf16_is_close_and_trains(backbone):
+    model = make_model(backbone, **BOTH)
+    move_cross_attention(model)
+    bank, images, batch = PromptBank(backbone, DESCRIPTIONS), standin_images(2, 64), batch_of(2, 64)
+    full, half = (
+        predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial", precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert half.maps.dtype == half.scores.dtype == torch.float32
+    assert not torch.equal(full.maps, half.maps)
+    assert (full.maps - half.maps).abs().max() <= 0.1 * (full.maps.max() - full.maps.min())
+    model.set_stage("text")
+    text = ClassText(model, bank, fixed=False)
+    vv_start = backbone.default_vv_start
+    encoded = encode_stage1(model, images, CLASSES, text, "adapted", vv_start, True, precision="bf16")
+    loss, terms = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
+    loss.backward()
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    assert all(p.grad.isfinite().all() for p in model.text_cross_attn.parameters())
+
+
 def test_shapes_of_the_vit_l_modules():
     backbone = standin_backbone("ViT-L-14-336", 56)
     model = make_model(backbone, image_adapt_until=6, **BOTH)

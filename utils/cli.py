@@ -4,6 +4,8 @@ import logging
 import sys
 from collections.abc import Callable
 
+import torch
+
 from dataset.images import loader_message
 from utils.engine import TrainingError
 from utils.logs import setup_logging
@@ -26,6 +28,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         logger.error("error: %s", loader_message(error))
         code = 2
+    except torch.OutOfMemoryError as error:  # outside training, which says more of its own
+        logger.error("error: out of memory. Try a smaller --batch_size, or --precision bf16. (%s)", error)
+        code = 1
     except KeyboardInterrupt:
         logger.error("Stopped.")
         code = 1

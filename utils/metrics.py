@@ -40,8 +40,7 @@ class ScoreCounts:
         keys = score_keys(scores.flatten()).cpu().numpy()
         positive = labels.flatten().cpu().numpy().astype(bool)
         for row, chosen in enumerate((~positive, positive)):
-            values, counts = np.unique(keys[chosen], return_counts=True)
-            self.counts[row, values] += counts
+            np.add.at(self.counts[row], keys[chosen], 1)
 
     def auroc_ap(self) -> tuple[float, float]:
         """Area under the ROC curve and average precision; NaN where one of the two kinds is absent."""
