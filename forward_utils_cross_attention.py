@@ -27,8 +27,12 @@ FEEDBACK = ("adapted", "projectors", "off")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bfloat16 for the towers where `precision` is "bf16"; with "fp32", nothing changes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """bfloat16 for the towers where `precision` is "bf16"; with "fp32", nothing changes.
+
+    Without autocast's cache: it would hand a weight that was first read without gradient, for a context, to the pass
+    that needs its gradient (https://github.com/pytorch/pytorch/issues/112583).
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 class PromptBank:
@@ -71,11 +75,13 @@ class ClassText:
         """The text context of each image's class, without gradient; None where image cross-attention is off."""
         if self.model.image_cross_attn is None:
             return None
-        prompts = self._context_prompts
-        if prompts is None:
-            prompts = self.model.context_prompts(self.bank.prompts)
-            self._context_prompts = prompts if self.fixed else None
-        return TextContext.join(self.bank.select(prompts, self.bank.numbers(class_names)))
+        numbers = self.bank.numbers(class_names)
+        if not self.fixed:
+            prompts = self.bank.select(self.bank.prompts, numbers)
+            return TextContext.join(self.model.context_prompts(prompts))
+        if self._context_prompts is None:
+            self._context_prompts = self.model.context_prompts(self.bank.prompts)
+        return TextContext.join(self.bank.select(self._context_prompts, numbers))
 
     def anchors(self, class_names: list[str], image_context: Tensor | None) -> Tensor:
         """Normal and abnormal anchor of each image, [B, E, 2]; per class where text cross-attention is off."""
@@ -206,7 +212,7 @@ def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
 def segmentation_terms(patches: list[Tensor], anchors: Tensor, scale: Tensor, batch: dict) -> dict[str, Tensor]:
     """Focal and both dice losses of each level, {"focal_1": ..., "dice_normal_1": ..., "dice_abnormal_1": ..., ...}.
 
-    Anomalous images without a mask are left out; empty where no image of the batch has one.
+    Anomalous images without a mask (`has_mask`, on the CPU) are left out; empty where no image of the batch has one.
     """
     rows = batch["has_mask"].nonzero().flatten()
     mask = batch["mask"]

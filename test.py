@@ -10,12 +10,13 @@ import argparse
 import csv
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.constants import BLUR
 from dataset.images import AnomalyDataset, make_loader
-from dataset.records import DataSet, open_dataset
+from dataset.records import DataSet, canonical_name, open_dataset
 from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
 from model.adapter_cross_attention import CrossAttentionCLIP
 from model.backbone import load_backbone
@@ -45,10 +46,10 @@ class Tested:
         name = f"{path.parent.name}/{path.stem}" if self.checkpoint.is_loop_file else path.name
         return name if self.base else f"{name} (base)"
 
-    def trained_on(self) -> set[str]:
-        """Data sets that the model has seen, as far as the checkpoint tells."""
-        names = {self.checkpoint.base.get("dataset"), (self.checkpoint.training or {}).get("dataset")}
-        return {name for name in names if name}
+    def was_trained_on(self, data: DataSet) -> bool | str:
+        """Whether the model has seen this data set, "unknown" where its base does not tell."""
+        seen = {canonical_name(name) for name in self.checkpoint.seen()}
+        return data.name in seen or ("unknown" if "unknown" in seen else False)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -119,27 +120,32 @@ def load_models(args: argparse.Namespace) -> list[Tested]:
     return list(tested.values())
 
 
-def evaluate(tested: list[Tested], data: DataSet, args: argparse.Namespace) -> None:
-    """Fill in the results of every model on `data`, class by class, in one pass over the images."""
+def evaluate(tested: list[Tested], data: DataSet, bank: PromptBank, args: argparse.Namespace) -> None:
+    """Fill in the results of every model on `data` in one pass over its images, which come class by class."""
     backbone = tested[0].model.backbone
-    check_grid(backbone.grid, data.domain)
-    bank = PromptBank(backbone, data.descriptions)
     texts = [ClassText(each.model, bank, fixed=True) for each in tested]
     for each in tested:
         each.results.clear()
-    with progress(total=len(data.records), desc=data.name, unit="image") as bar:
-        for class_name in data.descriptions:
-            scores = [ClassScores(data.domain) for _ in tested]
-            images = AnomalyDataset(data.folder, data.of_class(class_name), backbone.img_size)
-            for batch in make_loader(images, args.batch_size, arguments.workers_of(args)):
-                pixels = batch["image"].to(backbone.scale.device)
-                for each, text, kept in zip(tested, texts, scores, strict=True):
-                    kept.add(
-                        *predict(each.model, pixels, batch["class_name"], text, data.domain, args.precision), batch
-                    )
-                bar.update(len(pixels))
-            for each, kept in zip(tested, scores, strict=True):
-                each.results[class_name] = kept.metrics()
+    records = [record for class_name in data.descriptions for record in data.of_class(class_name)]
+    left = Counter(record.class_name for record in records)
+    scores: dict[str, list[ClassScores]] = {}  # of the classes in hand: at most those of one batch
+    images = AnomalyDataset(data.folder, records, backbone.img_size)
+    with progress(total=len(records), desc=data.name, unit="image") as bar:
+        for batch in make_loader(images, args.batch_size, arguments.workers_of(args)):
+            pixels = batch["image"].to(backbone.device)
+            names = batch["class_name"]
+            for number, (each, text) in enumerate(zip(tested, texts, strict=True)):
+                prediction = predict(each.model, pixels, names, text, data.domain, args.precision)
+                for class_name in dict.fromkeys(names):
+                    if class_name not in scores:
+                        scores[class_name] = [ClassScores(data.domain) for _ in tested]
+                    rows = [row for row, name in enumerate(names) if name == class_name]
+                    scores[class_name][number].add(prediction, batch, rows)
+            left.subtract(names)
+            for class_name in [name for name in scores if not left[name]]:
+                for each, kept in zip(tested, scores.pop(class_name), strict=True):
+                    each.results[class_name] = kept.metrics()
+            bar.update(len(pixels))
     for each in tested:
         each.results[AVERAGE] = mean_over_classes(list(each.results.values()))
 
@@ -186,7 +192,7 @@ def write_csv(each: Tested, data: DataSet) -> Path:
         if each.base:
             row |= {f"{name}_base": value for name, value in each.base.results[class_name].items()}
             row |= {f"{name}_difference": value for name, value in differences(each, class_name).items()}
-        rows.append(row | {"trained_on_this_data_set": data.name in each.trained_on()})
+        rows.append(row | {"trained_on_this_data_set": each.was_trained_on(data)})
     with open(file_path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -200,19 +206,23 @@ def main() -> None:
     args = parse_arguments()
     data_sets = [open_dataset(name, args.data_root, args.domain) for name in args.dataset]
     tested = load_models(args)
+    backbone = tested[0].model.backbone
     for data in data_sets:
-        evaluate(tested, data, args)
+        check_grid(backbone.grid, data.domain)
+    banks = [PromptBank(backbone, data.descriptions) for data in data_sets]
+    for data, bank in zip(data_sets, banks, strict=True):
+        evaluate(tested, data, bank, args)
         print(f"\n{data.name}: {len(data.records)} images, in percent\n{table(tested)}")
         files = [write_csv(each, data) for each in tested]
-        for each in tested:
-            if data.name in each.trained_on():
-                logger.warning(
-                    "NOT ZERO-SHOT: %s was trained on %s, the data set of this test. "
-                    "These numbers say how well it fits, not how well it transfers.",
-                    each.name,
-                    data.name,
-                )
         logger.info("Wrote %s", ", ".join(map(str, files)))
+        seen = [each.name for each in tested if each.was_trained_on(data) is True]
+        if seen:
+            logger.warning(
+                "NOT ZERO-SHOT: trained on %s, the data set of this test: %s. "
+                "These numbers say how well it fits, not how well it transfers.",
+                data.name,
+                ", ".join(seen),
+            )
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ import argparse
 import logging
 from pathlib import Path
 
-from forward_utils_cross_attention import check_grid
-from model.adapter_cross_attention import CrossAttentionCLIP
-from model.backbone import empty_backbone, load_backbone
 from utils import arguments, checkpoints
 from utils.cli import run_script
-from utils.engine import Trainer, load_training_data, run_header
-from utils.plan import Stage, describe_plan, plan_stages
+from utils.engine import Trainer
+from utils.plan import Run, Stage, plan_stages
+from utils.start import start
 
 logger = logging.getLogger("train")
 
@@ -46,7 +44,7 @@ def on_stage_end(trainer: Trainer, stage: Stage) -> None:
         "epoch": stage.epochs,
         name: checkpoints.states(trainer.model)[name],
         f"{stage.name}_optimizer": trainer.optimizer_states[stage.name],
-        "config": trainer.header["config"],
+        "config": trainer.plan.header["config"],
         "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
     }
     checkpoints.save(content, path)
@@ -57,32 +55,14 @@ def main() -> None:
     args = parse_arguments()
     config, _ = arguments.resolve_model(args)
     settings = arguments.settings_of(args)
-    folder = args.save_path
-    stages = plan_stages(settings, range(1, 2))
-    if args.dry_run:
-        files = [*FILES.values(), "state.pth", "train.log", "log.csv"]
-        print(
-            describe_plan(
-                CrossAttentionCLIP(empty_backbone(config.model_name, config.img_size), config), stages, folder, files
-            )
+    files = [*FILES.values(), "state.pth", "train.log", "log.csv"]
+    run = Run(config, settings, plan_stages(settings, range(1, 2)), args.save_path, files)
+    trainer = start(args, run, None, on_stage_end)
+    if trainer is not None:
+        trainer.run()
+        logger.info(
+            "Done. Extend it: python train_cross_attention.py --resume %s --dataset %s", trainer.folder, args.dataset
         )
-        return
-    header = run_header(config, settings, base={})
-    state = checkpoints.open_run(folder, header, loops=1)
-    if state and state["position"][0] > 1:
-        logger.info("%s is trained already.", folder)
-        return
-    device = arguments.device_of(args)
-    data = load_training_data(settings, args.data_root)
-    backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, args.clip_weights)
-    check_grid(backbone.grid, data.domain)
-    model = checkpoints.build_model(config, backbone, None, device, settings.seed)
-    trainer = Trainer(model, data, settings, stages, folder, header, on_stage_end, arguments.workers_of(args))
-    trainer.open_folder(new=state is None)
-    if state:
-        trainer.restore(state)
-    trainer.run()
-    logger.info("Done. Extend it: python train_cross_attention.py --resume %s --dataset %s", folder, args.dataset)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from forward_utils_cross_attention import FEEDBACK, check_grid
-from model.adapter_cross_attention import CrossAttentionCLIP
-from model.backbone import empty_backbone, load_backbone
+from forward_utils_cross_attention import FEEDBACK
 from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
-from utils.engine import Trainer, load_training_data, run_header
-from utils.plan import Stage, describe_plan, plan_stages
+from utils.engine import Trainer
+from utils.plan import Run, Stage, plan_stages
+from utils.start import start
 
 logger = logging.getLogger("train_cross_attention")
 
@@ -34,8 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     off = {"action": "store_false", "default": None}
     group.add_argument("--no_text_cross_attn", dest="text_cross_attn", help="without text -> image", **off)
     group.add_argument("--no_image_cross_attn", dest="image_cross_attn", help="without image -> text", **off)
-    group.add_argument("--text_cross_attn_weight", type=float, help="weight of its added term [0.1]")
-    group.add_argument("--image_cross_attn_weight", type=float, help="weight of its added term [0.1]")
+    group.add_argument("--text_cross_attn_weight", type=arguments.finite, help="weight of its added term [0.1]")
+    group.add_argument("--image_cross_attn_weight", type=arguments.finite, help="weight of its added term [0.1]")
     group.add_argument("--text_cross_attn_lr", type=arguments.positive, help="learning rate; without it Stage 1's")
     group.add_argument("--image_cross_attn_lr", type=arguments.positive, help="learning rate; without it Stage 2's")
     group.add_argument(
@@ -91,17 +90,12 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def check_loop_file(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raise ValueError where a run cannot go on from this loop file as asked."""
+    """Raise ValueError or FileNotFoundError where a run cannot go on from this loop file as asked."""
     if args.loops <= checkpoint.loop:
         raise ValueError(f"--loops {args.loops}: {checkpoint.path} is loop {checkpoint.loop} already; ask for more.")
     if args.optimizer_state == "carry":
-        raise ValueError(
-            "--optimizer_state carry: loop files hold no optimiser. Extend the run in its own folder instead."
-        )
-    if not (checkpoint.path.parent / "loop_0.pth").is_file():
-        raise FileNotFoundError(
-            f"{checkpoint.path.parent}: no loop_0.pth beside {checkpoint.path.name}; the base belongs there."
-        )
+        raise ValueError("--optimizer_state carry: loop files hold no optimiser. Extend the run in its own folder.")
+    load_checkpoint(checkpoint.path.parent / "loop_0.pth")  # the base, which belongs beside it
 
 
 def start_of(checkpoint: Checkpoint) -> dict:
@@ -109,7 +103,7 @@ def start_of(checkpoint: Checkpoint) -> dict:
     if not checkpoint.is_loop_file:
         return checkpoint.base
     continued = {"path": checkpoint.path.as_posix(), "sha256": checkpoints.file_sha256(checkpoint.path)}
-    return checkpoint.base | {"continued_from": continued}
+    return checkpoint.base | {"continued_from": continued, "datasets": checkpoint.seen()}
 
 
 def save_loop(trainer: Trainer, loop: int) -> None:
@@ -117,7 +111,7 @@ def save_loop(trainer: Trainer, loop: int) -> None:
     path = trainer.folder / f"loop_{loop}.pth"
     content = {
         **checkpoints.states(trainer.model),
-        **trainer.header,
+        **trainer.plan.header,
         "loop": loop,
         "metrics": trainer.metrics,
         "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
@@ -135,46 +129,32 @@ def on_stage_end(trainer: Trainer, stage: Stage) -> None:
 def main() -> None:
     args = parse_arguments()
     checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint and checkpoint.is_loop_file:
+        check_loop_file(args, checkpoint)
     both = {"text_cross_attn": True, "image_cross_attn": True}
     config, assumed = arguments.resolve_model(args, checkpoint, defaults=both)
     settings = arguments.settings_of(args)
-    folder = run_folder(args)
-    stages = plan_stages(settings, range(checkpoint.loop + 1 if checkpoint else 1, args.loops + 1))
-    if args.dry_run:
-        files = [*(f"loop_{loop}.pth" for loop in range(args.loops + 1)), "state.pth", "train.log", "log.csv"]
-        print(
-            describe_plan(
-                CrossAttentionCLIP(empty_backbone(config.model_name, config.img_size), config), stages, folder, files
-            )
-        )
-        return
-    if checkpoint.is_loop_file:
-        check_loop_file(args, checkpoint)
-    header = run_header(config, settings, start_of(checkpoint))
-    state = checkpoints.open_run(folder, header, args.loops)
-    if state and state["position"][0] > args.loops:
-        logger.info("%s already has its %d loops. A larger --loops goes on from there.", folder, args.loops)
-        return
-    device = arguments.device_of(args)
-    data = load_training_data(settings, args.data_root)
-    backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, args.clip_weights)
-    check_grid(backbone.grid, data.domain)
-    model = checkpoints.build_model(config, backbone, checkpoint, device, settings.seed)
-    trainer = Trainer(model, data, settings, stages, folder, header, on_stage_end, arguments.workers_of(args))
-    trainer.open_folder(new=state is None)
-    if assumed:
-        logger.info("%s names no backbone. Assumed: %s", args.resume, " ".join(assumed))
-    if not (folder / "loop_0.pth").exists():
+    loops = range(checkpoint.loop + 1 if checkpoint else 1, args.loops + 1)
+    files = [*(f"loop_{loop}.pth" for loop in (0, *loops)), "state.pth", "train.log", "log.csv"]
+
+    base = start_of(checkpoint) if checkpoint else {}
+    run = Run(config, settings, plan_stages(settings, loops), run_folder(args), files, base)
+
+    def keep_base(trainer: Trainer) -> None:
+        if assumed:
+            logger.info("%s names no backbone. Assumed: %s", args.resume, " ".join(assumed))
+        if (trainer.folder / "loop_0.pth").exists():
+            return
         if checkpoint.is_loop_file:
-            checkpoints.save(checkpoints.read(args.resume.parent / "loop_0.pth"), folder / "loop_0.pth")
+            checkpoints.save(checkpoints.read(args.resume.parent / "loop_0.pth"), trainer.folder / "loop_0.pth")
         else:
             save_loop(trainer, 0)
-    if state:
-        trainer.restore(state)
-    trainer.run()
-    logger.info(
-        "Done. Compare with the base: python test.py --ckpt %s --dataset NAME", folder / f"loop_{args.loops}.pth"
-    )
+
+    trainer = start(args, run, checkpoint, on_stage_end, on_start=keep_base)
+    if trainer is not None:
+        trainer.run()
+        last = trainer.folder / f"loop_{args.loops}.pth"
+        logger.info("Done. Compare with the base: python test.py --ckpt %s --dataset NAME", last)
 
 
 if __name__ == "__main__":

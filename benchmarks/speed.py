@@ -2,13 +2,14 @@
 
     python -m benchmarks.speed                       # ViT-L/14 on stand-in weights, 224 px, batch 2
 
-Medians of one run. Peak memory is that of the whole process, so it grows from row to row at most.
+Medians of one run. Peak memory is that of the whole process (or of the GPU) during the call.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,6 +26,8 @@ from forward_utils_cross_attention import (
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, clip_config, default_adapters
 from tests.standin import standin_backbone, standin_images, standin_masks
+
+PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def make_model(backbone: Backbone, text: bool, image: bool) -> CrossAttentionCLIP:
@@ -43,13 +46,13 @@ def make_model(backbone: Backbone, text: bool, image: bool) -> CrossAttentionCLI
 
 def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
     """{what: one call of it}."""
-    size, device = backbone.img_size, backbone.scale.device
+    size, device = backbone.img_size, backbone.device
     images = standin_images(batch_size, size).to(device)
     classes = ["candle", "cashew"] * (batch_size // 2) + ["candle"] * (batch_size % 2)
     batch = {
         "mask": standin_masks(batch_size, size).to(device),
         "label": torch.tensor([1] + [0] * (batch_size - 1), device=device),
-        "has_mask": torch.ones(batch_size, dtype=torch.bool, device=device),
+        "has_mask": torch.ones(batch_size, dtype=torch.bool),
     }
     bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"})
     both, image_only = make_model(backbone, True, True).to(device), make_model(backbone, False, True).to(device)
@@ -94,26 +97,33 @@ def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def measure(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def measure(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds and peak memory in GiB of one call."""
+    reset_peak_memory(device)
     started = time.perf_counter()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, peak_memory(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    elif PROCESS_STATUS.exists():
+        PEAK_RESET.write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at the peak so far: of the GPU, else of the process (NaN on Windows, which does not tell it this way)."""
+    """Peak in GiB since the last reset: of the GPU, else of the process (on Linux; elsewhere NaN)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:
+    if not PROCESS_STATUS.exists():
         return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    (line,) = (line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20  # it is given in KiB
 
 
 def main() -> None:
@@ -126,17 +136,19 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     runs = cases(standin_backbone(args.model_name, args.img_size).to(device), args.batch_size)
-    seconds = {name: [] for name in runs}
+    found = {name: [] for name in runs}
     # Round after round, so that a machine that slows down does so for all.
-    for _ in tqdm(range(args.repeats + 1), desc="rounds"):
+    for _ in tqdm(range(args.repeats + 1), desc="rounds", disable=None):
         for name, run in runs.items():
-            seconds[name].append(measure(run, device))
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
-    unit = next(iter(medians.values()))
-    print(f"{args.model_name}, {args.img_size} px, batch {args.batch_size}, {device}, {args.repeats} rounds, fp32")
-    for name, value in medians.items():
-        print(f"  {name:36} {value:8.3f} s  {value / unit:6.2f} units")
-    print(f"  peak memory {peak_memory(device):.2f} GiB")
+            found[name].append(measure(run, device))
+    # The first round warms up.
+    rows = {
+        name: [statistics.median(column) for column in zip(*values[1:], strict=True)] for name, values in found.items()
+    }
+    unit = next(iter(rows.values()))[0]
+    print(f"{args.model_name}, {args.img_size} px, batch {args.batch_size}, {device}, fp32, {args.repeats} rounds")
+    for name, (seconds, memory) in rows.items():
+        print(f"  {name:36} {seconds:8.3f} s  {seconds / unit:6.2f} units  peak {memory:5.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from dataset.records import Record
 
-STAGES = ("text", "image")
-
 
 def read_image(path: Path) -> Image.Image:
     """An RGB image. Raises ValueError where the file cannot be decoded."""
@@ -131,14 +129,13 @@ class AnomalyDataset(Dataset):
 
 
 class SeededSampler(Sampler):
-    """(index, seed) of each sample in a shuffled order that depends on (seed, loop, stage, epoch, index) alone.
+    """(index, seed) of each sample in a shuffled order that depends on `key`, epoch and index alone.
 
     `set_epoch(epoch, skip)` chooses the epoch and leaves out its first `skip` samples, to continue within it.
     """
 
-    def __init__(self, length: int, seed: int, loop: int, stage: str):
-        self.length = length
-        self.key = (seed, loop, STAGES.index(stage))
+    def __init__(self, length: int, key: tuple[int, ...]):
+        self.length, self.key = length, key
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -154,7 +151,7 @@ class SeededSampler(Sampler):
 
 
 def loader_message(error: Exception) -> str:
-    """Message of an error of loading, without the traceback that PyTorch puts around one from a worker process."""
+    """Message of an error, without the traceback that PyTorch puts around one from a worker process."""
     return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
 
 

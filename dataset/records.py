@@ -43,16 +43,29 @@ class DataSet:
         return [record for record in self.records if record.class_name == class_name]
 
 
-def open_dataset(name: str, data_root: str | Path, domain: str | None = None) -> DataSet:
-    """Find data set `name` under `data_root` and read its records.
+def canonical_name(name: str) -> str:
+    """Name of a data set that is given as its folder, its JSON lines file or one of its accepted names."""
+    path = Path(name)
+    last = (path.parent if path.suffix == ".jsonl" else path).resolve().name if _is_path(name) else name
+    return next((known for known, info in DATA_SETS.items() if last in (Path(f).name for f in info.folders)), last)
 
+
+def _is_path(name: str) -> bool:
+    return "/" in name or os.sep in name
+
+
+def open_dataset(name: str, data_root: str | Path, domain: str | None = None) -> DataSet:
+    """Find a data set and read its records.
+
+    `name`: a known name or a folder under `data_root`; with a path separator, a folder or JSON lines file by its path.
     `domain` ("industrial" or "medical") is for data sets that are not known; those have their own.
     Raises FileNotFoundError where the folder, its metadata or a file is missing, ValueError for a broken line.
     """
+    folder, metadata = _locate(Path(name)) if _is_path(name) else _find(name, Path(data_root))
+    name = canonical_name(name)
     info = DATA_SETS.get(name)
     if info and domain and domain != info.domain:
         raise ValueError(f"--domain {domain}: {name} is {info.domain}.")
-    folder, metadata = _find(name, Path(data_root))
     records = read_records(metadata, folder)
     classes = list(dict.fromkeys(record.class_name for record in records))
     if info:  # known classes in the published order, others after them
@@ -65,18 +78,27 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None) ->
     return DataSet(name, folder, info.domain if info else domain or next(iter(BLUR)), records, descriptions)
 
 
+def _locate(path: Path) -> tuple[Path, Path]:
+    """Folder and metadata file of a data set given by its path."""
+    metadata = path / "full-shot.jsonl" if path.is_dir() else path
+    if not metadata.is_file():
+        raise FileNotFoundError(f"{metadata}: no such file; expected JSON lines, or a folder with a full-shot.jsonl.")
+    return metadata.parent, metadata
+
+
 def _find(name: str, root: Path) -> tuple[Path, Path]:
-    """Folder and metadata file of a data set."""
+    """Folder and metadata file of a data set under the data root."""
     info = DATA_SETS.get(name)
     folders = [name, *(info.folders if info else ())]
-    folder = next((root / candidate for candidate in folders if (root / candidate).is_dir()), None)
+    present = [root / candidate for candidate in folders if (root / candidate).is_dir()]
+    folder = next((path for path in present if (path / "full-shot.jsonl").is_file()), present[0] if present else None)
     if folder is None:
         tree = "\n".join(f"    {root / candidate}/full-shot.jsonl" for candidate in folders)
-        present = sorted(path.parent.name for path in root.glob("*/full-shot.jsonl")) if root.is_dir() else []
+        others = sorted(path.parent.name for path in root.glob("*/full-shot.jsonl")) if root.is_dir() else []
         root_is = "the data root" if root.is_dir() else "a data root that does not exist"
         raise FileNotFoundError(
             f"Data set {name}: no folder under {root_is}, '{root}'. Expected one of\n{tree}\n"
-            f"    with the images and masks beside it.\nFound there: {', '.join(present) or 'no data set'}. "
+            f"    with the images and masks beside it.\nFound there: {', '.join(others) or 'no data set'}. "
             "Give the right place with --data_root DIR."
         )
     candidates = [folder / "full-shot.jsonl", METADATA / name / "full-shot.jsonl"]
@@ -92,11 +114,15 @@ def _find(name: str, root: Path) -> tuple[Path, Path]:
 def read_records(metadata: Path, folder: Path) -> list[Record]:
     """Read and check a JSON lines file; every image and mask it names must exist inside `folder`."""
     records = []
-    with open(metadata, encoding="utf-8-sig") as lines:
+    with open(metadata, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{metadata}, line {number}"
-                records.append(_parse(line, where))
+            where = f"{metadata}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error}).") from error
+            if text:
+                records.append(_parse(text, where))
                 _check_files(records[-1], folder, where)
     if not records:
         raise ValueError(f"{metadata}: no records; expected one JSON object a line.")
@@ -115,9 +141,12 @@ def _parse(line: str, where: str) -> Record:
     if entry["label"] not in (0, 1):
         raise ValueError(f"{where}: label is {entry['label']!r}, expected 0 (normal) or 1 (anomalous).")
     label = int(entry["label"])
+    for key in ("image_path", "class_name", "mask_path"):
+        if not isinstance(entry.get(key) or "", str):
+            raise ValueError(f"{where}: {key} is {entry[key]!r}, expected a text.")
     # Some published lists give normal images a mask path that does not exist; it would not be read.
     mask_path = (entry.get("mask_path") or None) if label else None
-    return Record(str(entry["image_path"]), label, str(entry["class_name"]), mask_path)
+    return Record(entry["image_path"], label, entry["class_name"], mask_path)
 
 
 def _check_files(record: Record, folder: Path, where: str) -> None:
@@ -137,12 +166,10 @@ def write_records(path: Path, records: list[Record]) -> None:
 
 
 def few_shot(records: list[Record], shot: int, seed: int) -> list[Record]:
-    """`shot` images per class, half normal and half anomalous, drawn with `seed`.
+    """`shot` images per class (an even number), half normal and half anomalous, drawn with `seed`.
 
-    Raises ValueError for an odd number and where a class has too few of a kind.
+    Raises ValueError where a class has too few of a kind.
     """
-    if shot < 2 or shot % 2:
-        raise ValueError(f"--shot {shot}: expected an even number, half normal and half anomalous images per class.")
     chosen = []
     for (class_name, label), group in _groups(records).items():
         if len(group) < shot // 2:

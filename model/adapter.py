@@ -166,8 +166,10 @@ class AdaptedCLIP(nn.Module):
     def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:
         """The text forward: prompts after block 0 -> embeddings [N, P, E], not normalised."""
         x = self.after_text_block(0, prompts.tokens, image_context)
-        x = self.backbone.later_text_blocks(
-            x.flatten(0, 1), lambda index, tokens: self.after_text_block(index, tokens, image_context)
+        x = self.backbone.run_text_blocks(
+            x.flatten(0, 1),
+            start=1,
+            after_block=lambda index, tokens: self.after_text_block(index, tokens, image_context),
         )
         x = self.backbone.end_of_text(x, prompts.eot.flatten())
         return self.text_adapter[-1](x).unflatten(0, prompts.eot.shape)

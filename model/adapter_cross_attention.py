@@ -5,7 +5,7 @@
 `out_proj` starts at zero: before the first step the extended model is the base model. Shapes as in `model.adapter`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from model.backbone import Backbone
 HEADS = 8
 # The modules that train, by the names they have in checkpoints, stage by stage.
 STAGE_MODULES = {"text": ("text_adapter", "text_cross_attn"), "image": ("image_adapter", "image_cross_attn")}
-MODULES = (*STAGE_MODULES["text"], *STAGE_MODULES["image"])
+STAGES = tuple(STAGE_MODULES)
+MODULES = tuple(name for names in STAGE_MODULES.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,6 @@ class ModelConfig:
     text_cross_attn_weight: float = 0.1
     image_cross_attn_weight: float = 0.1
     image_context: str = "adapted"
-
-    def to_dict(self) -> dict:
-        """As plain Python types."""
-        return asdict(self)
 
 
 class CrossAttention(nn.Module):

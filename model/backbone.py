@@ -27,6 +27,8 @@ DEFAULT_MODEL = "ViT-L-14-336"
 ADAPTED_SIZES = {DEFAULT_MODEL: 518}
 WEIGHT_FOLDERS = ("ckpt", "model")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
+# Keys of open_clip's configurations of text towers with another mask, pooling or tokenizer.
+OTHER_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type", "embed_cls"}
 # Entries of OpenAI's state dicts that are no weights.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
@@ -47,9 +49,11 @@ def clip_config(model_name: str, img_size: int | None = None, quick_gelu: bool =
             f"ViT of open_clip.list_models()."
         )
     vision = config["vision_cfg"]
-    unsupported = {"custom_text", "multimodal_cfg"} & config.keys() or "patch_size" not in vision
-    if unsupported:
-        raise ValueError(f"--model_name {model_name}: only CLIP models with open_clip's own ViT are supported.")
+    other = (config.keys() & {"custom_text", "multimodal_cfg"}) | (config["text_cfg"].keys() & OTHER_TEXT_TOWERS)
+    if other or "patch_size" not in vision:
+        raise ValueError(
+            f"--model_name {model_name}: only OpenAI's architecture is supported, a ViT and a causal text transformer."
+        )
     size = img_size or ADAPTED_SIZES.get(model_name, vision["image_size"])
     patch = vision["patch_size"]
     if size < patch or size % patch:
@@ -94,7 +98,7 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
         try:
             return Path(open_clip.download_pretrained(source))
         except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
-            reason = f"download failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            reason = f"download failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     url = source.get("url") if source else "a checkpoint of this model"
     raise FileNotFoundError(
         f"No weights for {model_name}.\n"
@@ -243,6 +247,11 @@ class Backbone(nn.Module):
         return super().train(False)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.logit_scale.device
+
+    @property
     def scale(self) -> Tensor:
         """Temperature of similarity maps: CLIP's own, at most 100 (exactly 100 for OpenAI's models)."""
         return self.clip.logit_scale.exp().clamp(max=100.0)
@@ -254,7 +263,8 @@ class Backbone(nn.Module):
         expected = (3, self.img_size, self.img_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], found {list(images.shape)}.")
-        return self.clip.visual._embeds(images)
+        # In float32 also under autocast: small terms would be rounded away in the residual stream.
+        return self.clip.visual._embeds(images).float()
 
     def project_image(self, tokens: Tensor) -> Tensor:
         """CLIP's own head on any image tokens: ln_post and projection, [..., W] -> [..., E], not normalised."""
@@ -298,7 +308,7 @@ class Backbone(nn.Module):
                     f"A prompt has {length} tokens, and CLIP reads at most {limit}: '{prompt}'. Shorten the class name."
                 )
         ids = self._tokenizer(prompts, context_length=limit)
-        return ids[:, : int(ids.argmax(dim=-1).max()) + 1].to(self.scale.device)
+        return ids[:, : int(ids.argmax(dim=-1).max()) + 1].to(self.device)
 
     def causal_mask(self, length: int) -> Tensor:
         """CLIP's additive causal mask for prompts cropped to `length` tokens, [L, L]."""
@@ -309,16 +319,16 @@ class Backbone(nn.Module):
         """Token ids [N, L] -> tokens [N, L, D] after text block 0."""
         length = ids.shape[1]
         x = self.clip.token_embedding(ids) + self.clip.positional_embedding[:length]
-        return self.later_text_blocks(x, start=0, stop=1)
+        return self.run_text_blocks(x, stop=1)
 
-    def later_text_blocks(
+    def run_text_blocks(
         self,
         x: Tensor,
-        after_block: Callable[[int, Tensor], Tensor] | None = None,
-        start: int = 1,
+        start: int = 0,
         stop: int | None = None,
+        after_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Tokens [N, L, D] through the text blocks `start` to `stop` under the causal mask."""
+        """Tokens [N, L, D] through the text blocks `start` to `stop` (not included) under the causal mask."""
         mask = self.causal_mask(x.shape[1])
         return run_blocks(self.text_blocks, x, lambda attn, y: self_attention(attn, y, mask), start, stop, after_block)[
             0
@@ -354,7 +364,7 @@ def load_backbone(
     with torch.device("meta"):
         clip = open_clip.CLIP(**config)
     resize_pos_embed(state, clip)
-    _check_state(clip.state_dict(), state, path or model_name)
+    check_state(clip.state_dict(), state, f"{path or model_name}: not the weights of {model_name}; it")
     clip.load_state_dict(state, assign=True)
     clip.attn_mask = _causal_mask(clip.context_length)  # a buffer outside the state dict
     return Backbone(clip, model_name, quick_gelu, sha256)
@@ -375,13 +385,13 @@ def _causal_mask(length: int) -> Tensor:
     return torch.full((length, length), float("-inf")).triu_(1)
 
 
-def _check_state(expected: dict[str, Tensor], found: dict[str, Tensor], source: str | Path) -> None:
-    for name in expected.keys() | found.keys():
+def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for the first key that is missing, unknown or of another shape."""
+    for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            raise ValueError(f"{source}: weight '{name}' is missing; is this a file of that CLIP model?")
+            raise ValueError(f"{where} lacks '{name}', shape {list(expected[name].shape)}.")
         if name not in expected:
-            raise ValueError(f"{source}: weight '{name}' is unknown to the model; is this a file of that CLIP model?")
+            raise ValueError(f"{where} holds '{name}', which the model does not have.")
         if expected[name].shape != found[name].shape:
-            raise ValueError(
-                f"{source}: '{name}' has shape {list(found[name].shape)}, expected {list(expected[name].shape)}."
-            )
+            shapes = f"shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+            raise ValueError(f"{where} holds '{name}' of another size: {shapes}.")

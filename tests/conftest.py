@@ -100,6 +100,16 @@ def base(tmp_path_factory, data_root) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, base, data_root) -> Path:
+    """A finished run of two loops, called x."""
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    command = ["train_cross_attention", "--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert Scripts(monkeypatch, data_root)(*command, "--resume", base, "--save_path", folder) == 0
+    return folder
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of the four modules of a checkpoint."""
     modules = checkpoints.load_checkpoint(path).modules

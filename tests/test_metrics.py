@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from forward_utils_cross_attention import Prediction
 from utils.metrics import METRICS, ClassScores, ScoreCounts, mean_over_classes, min_max, score_keys
 
 
@@ -51,7 +52,8 @@ def test_one_kind_alone_is_undefined():
 def fill(domain: str, maps: torch.Tensor, scores: torch.Tensor, labels: list[int], mask: torch.Tensor) -> ClassScores:
     kept = ClassScores(domain)
     batch = {"label": torch.tensor(labels), "has_mask": torch.ones(len(labels), dtype=torch.bool), "mask": mask}
-    kept.add(maps, scores, batch | {"path": [f"{i}.png" for i in range(len(labels))]})
+    batch["path"] = [f"{i}.png" for i in range(len(labels))]
+    kept.add(Prediction(maps, scores), batch, list(range(len(labels))))
     return kept
 
 
@@ -83,7 +85,7 @@ def test_undefined_metrics_are_nan_and_left_out_of_the_average():
     mask = torch.zeros(2, 1, 3, 3)
     mask[1, 0, 0] = 1
     batch = {"label": torch.tensor([0, 1]), "has_mask": torch.tensor([True, False]), "mask": mask, "path": ["a", "b"]}
-    kept.add(maps, scores, batch)
+    kept.add(Prediction(maps, scores), batch, [0, 1])
     found = kept.metrics()
     assert math.isnan(found["pixel_ap"]) and not math.isnan(found["image_ap"])
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,11 @@ from dataset.records import open_dataset
 from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
-from tests.conftest import EPOCHS, SMALL, Scripts, write_small_dataset
+from tests.conftest import EPOCHS, SMALL, write_small_dataset
 from utils.checkpoints import build_model, load_checkpoint
 
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def run(base, data_root, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "x"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", folder]
-        assert Scripts(monkeypatch, data_root)(*command) == 0
-    return folder
 
 
 @pytest.fixture
@@ -61,13 +53,36 @@ def test_side_by_side(scripts, run, other_root, capsys):
 
 
 def test_a_folder_means_all_loops_and_training_data_is_said_loudly(scripts, run, other_root, data_root, capsys):
-    (other_root / "small").symlink_to(data_root / "small")
+    shutil.copytree(data_root / "small", other_root / "small")
     command = ["test", "--ckpt", run, "--dataset", "small", "other", "--device", "cpu"]
     assert scripts(*command, data_root=other_root) == 0
     out, err = capsys.readouterr()
     assert out.count("x/loop_2 ") == 3 + 2  # two classes and their average, one class and its average
-    assert err.count("NOT ZERO-SHOT") == 3
+    assert "test: x/loop_0 (base), x/loop_1, x/loop_2." in err and err.count("NOT ZERO-SHOT") == 1
     assert all(row["trained_on_this_data_set"] == "True" for row in read_csv(run / "loop_1_small.csv"))
+
+
+def test_data_sets_by_path_are_the_same_data_set(scripts, run, base, data_root, tmp_path, capsys):
+    folder = data_root / "small"
+    for given in (folder, folder / "full-shot.jsonl"):
+        command = ["test", "--ckpt", run / "loop_1.pth", "--dataset", given, "--device", "cpu"]
+        assert scripts(*command, data_root=tmp_path) == 0
+        assert "NOT ZERO-SHOT" in capsys.readouterr().err
+        assert (run / "loop_1_small.csv").exists()
+    assert scripts("test", "--ckpt", base, "--dataset", tmp_path / "gone", data_root=tmp_path) == 2
+    assert "no such file; expected JSON lines" in capsys.readouterr().err
+
+
+def test_what_a_silent_base_has_seen_is_unknown(scripts, base, tmp_path, other_root):
+    """AA-CLIP's own files do not name their training data."""
+    folder = tmp_path / "silent"
+    folder.mkdir()
+    for name in ("text_adapter.pth", "image_adapter.pth"):
+        content = torch.load(base / name, weights_only=True)
+        torch.save({k: v for k, v in content.items() if k not in ("config", "environment")}, folder / name)
+    command = ["test", "--ckpt", folder, "--dataset", "other", "--model_name", "demo", "--device", "cpu"]
+    assert scripts(*command, data_root=other_root) == 0
+    assert read_csv(folder / "base_other.csv")[0]["trained_on_this_data_set"] == "unknown"
 
 
 def test_a_base_alone(scripts, base, other_root, capsys):
@@ -139,6 +154,9 @@ def test_dry_run_needs_neither_weights_nor_data(scripts, tmp_path, monkeypatch, 
         (["--shot", "3"], "even number"),
         (["--text_lr", "-1"], "expected a number over 0"),
         (["--val_fraction", "1"], "less than 1"),
+        (["--val_fraction", "0.95"], "leaves 0 images to train on"),
+        (["--val_fraction", "0.01"], "and 0 held out"),
+        (["--text_cross_attn_weight", "nan"], "expected a finite number"),
         (["--device", "abacus"], "--device abacus: not usable here"),
         (["--img_size", "96"], "--img_size 96: contradicts"),
         (["--dataset", "nowhere"], "nowhere: no folder under"),

@@ -2,26 +2,27 @@
 
 import csv
 import hashlib
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dataset.images import AnomalyDataset, SeededSampler, make_loader
-from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, segmentation_terms
+from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, segmentation_terms, stage1_loss
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
-from tests.conftest import EPOCHS, assert_same_tensors, make_model, tensors
+from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors
 from utils import checkpoints
-from utils.engine import Trainer, load_training_data, run_header
-from utils.plan import Settings, plan_stages
+from utils.engine import Trainer, load_training_data
+from utils.plan import Run, Settings, plan_stages, vv_start
 
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS]
+HELD_OUT = ["train_cross_attention", *EXTEND, "--loops", "2", "--val_fraction", "0.2"]
 
 
 def settings(**changes) -> Settings:
@@ -36,20 +37,13 @@ def settings(**changes) -> Settings:
 
 
 def make_trainer(
-    backbone, data_root, folder, loops=1, config=BOTH, on_stage_end=lambda trainer, stage: None, **changes
+    backbone, data_root, folder, loops=1, config=BOTH, on_stage_end=lambda trainer, stage: None, kind=Trainer, **changes
 ):
     chosen = settings(**changes)
     model = make_model(backbone, seed=chosen.seed, **config)
     folder.mkdir(parents=True, exist_ok=True)
-    return Trainer(
-        model,
-        load_training_data(chosen, data_root),
-        chosen,
-        plan_stages(chosen, range(1, loops + 1)),
-        folder,
-        run_header(model.config, chosen, {}),
-        on_stage_end,
-    )
+    run = Run(model.config, chosen, plan_stages(chosen, range(1, loops + 1)), folder, [])
+    return kind(model, load_training_data(chosen, data_root), run, on_stage_end)
 
 
 def hashes(model) -> dict[str, str]:
@@ -62,7 +56,7 @@ def hashes(model) -> dict[str, str]:
 
 
 class Watched(Trainer):
-    """Notes the modules' hashes around each stage and what the first step of each Stage 1 looks at."""
+    """Notes the modules' hashes around each stage, and what Stage 1 might look at in its first step."""
 
     def run_stage(self, stage):
         before = hashes(self.model)
@@ -70,38 +64,37 @@ class Watched(Trainer):
         self.seen = [*getattr(self, "seen", []), (stage.loop, stage.name, before, hashes(self.model))]
 
     def losses(self, stage, batch, text):
-        if stage.name == "text" and self.position.step == 0 and self.model.text_adapter[0].fc[0].weight.requires_grad:
-            images, names = batch["image"], batch["class_name"]
-            arguments = (self.model, images, names, text)
-            self.looked_at = getattr(self, "looked_at", {})
-            self.looked_at[stage.loop] = {
-                "used": encode_stage1(*arguments, stage.source, self.vv_start, True)[0],
-                "frozen": encode_stage1(*arguments, "off", self.vv_start, True)[0],
-                "trained": encode(*arguments)[0].patches,
-            }
+        if stage.name == "text" and self.position.step == 0:
+            arguments = (self.model, batch["image"], batch["class_name"], text)
+            frozen = encode_stage1(*arguments, "off", self.vv_start, True)[0]
+            self.choices = {**getattr(self, "choices", {}), stage.loop: (frozen, encode(*arguments)[0].patches)}
         return super().losses(stage, batch, text)
 
 
-def test_carry_over(backbone, data_root, tmp_path):
-    chosen = settings(stage1_levels="all")
-    model = make_model(backbone, seed=3, **BOTH)
-    stages = plan_stages(chosen, range(1, 4))
-    data = load_training_data(chosen, data_root)
-    run = Watched(model, data, chosen, stages, tmp_path, run_header(model.config, chosen, {}), lambda *_: None)
-    start = hashes(model)
-    run.run()
-    assert [entry[:2] for entry in run.seen] == [(k, s) for k in (1, 2, 3) for s in ("text", "image")]
-    last = start
-    for _, stage, before, after in run.seen:
+def test_carry_over(backbone, data_root, tmp_path, monkeypatch):
+    looked_at = []
+
+    def watched_loss(patches, *arguments):
+        looked_at.append(patches)
+        return stage1_loss(patches, *arguments)
+
+    monkeypatch.setattr("utils.engine.stage1_loss", watched_loss)
+    trainer = make_trainer(backbone, data_root, tmp_path, loops=3, kind=Watched)
+    last = hashes(trainer.model)
+    trainer.run()
+    assert [entry[:2] for entry in trainer.seen] == [(k, s) for k in (1, 2, 3) for s in ("text", "image")]
+    for _, stage, before, after in trainer.seen:
         assert before == last  # starts from the exact weights that the one before ended with
         assert {name for name in before if before[name] != after[name]} == set(STAGE_MODULES[stage])
         last = after
-    for loop, features in run.looked_at.items():
-        same = [torch.equal(a, b) for a, b in zip(features["used"], features["frozen"], strict=True)]
-        trained = [torch.equal(a, b) for a, b in zip(features["used"], features["trained"], strict=True)]
-        assert all(same) if loop == 1 else not any(same)
-        assert not any(trained) if loop == 1 else all(trained)
-    assert set(run.looked_at) == {1, 2, 3}
+    steps = 5  # 20 images, batches of 4
+    assert len(looked_at) == 3 * steps
+    for loop, (frozen, trained) in trainer.choices.items():
+        used = looked_at[(loop - 1) * steps]
+        is_frozen = [torch.equal(a, b) for a, b in zip(used, frozen, strict=True)]
+        is_trained = [torch.equal(a, b) for a, b in zip(used, trained, strict=True)]
+        assert all(is_frozen) if loop == 1 else not any(is_frozen)
+        assert not any(is_trained) if loop == 1 else all(is_trained)
 
 
 def test_plan_of_epochs_rates_and_features():
@@ -115,57 +108,90 @@ def test_plan_of_epochs_rates_and_features():
 
 
 def test_learning_rate_is_halved_at_the_milestones(backbone, data_root, tmp_path):
-    run = make_trainer(backbone, data_root, tmp_path, image_cross_attn_lr=1e-4)
+    trainer = make_trainer(backbone, data_root, tmp_path, image_cross_attn_lr=1e-4)
     for stage, step, expected in [
-        (run.stages[1], 15999, (5e-4, 1e-4)),
-        (run.stages[1], 16000, (2.5e-4, 5e-5)),
-        (run.stages[1], 32000, (1.25e-4, 2.5e-5)),
-        (run.stages[0], 32000, (1e-3, 1e-3)),
+        (trainer.plan.stages[1], 15999, (5e-4, 1e-4)),
+        (trainer.plan.stages[1], 16000, (2.5e-4, 5e-5)),
+        (trainer.plan.stages[1], 32000, (1.25e-4, 2.5e-5)),
+        (trainer.plan.stages[0], 32000, (1e-3, 1e-3)),
     ]:
-        run.model.set_stage(stage.name)
-        optimizer = run._make_optimizer(stage, begun=False)
-        run._set_learning_rates(optimizer, stage, step)
+        trainer.model.set_stage(stage.name)
+        optimizer = trainer._make_optimizer(stage, begun=False)
+        trainer._set_learning_rates(optimizer, stage, step)
         assert tuple(group["lr"] for group in optimizer.param_groups) == expected
         assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
 
 
-def test_plain_aa_clip_inside(backbone, data_root, tmp_path):
-    """One loop without the extension, from the same fresh base, is what train.py does."""
-    kept = {}
-    for name, changes in {"train.py": {"lr_decay": 1.0}, "loop": {"lr_decay": 0.5}}.items():
-        run = make_trainer(
-            backbone,
-            data_root,
-            tmp_path / name,
-            config={},
-            stage1_levels="last",
-            feedback="off",
-            image_epoch=[2],
-            **changes,
-        )
-        run.run()
-        kept[name] = checkpoints.states(run.model)
-    for module in ("text_adapter", "image_adapter"):
-        for key, value in kept["train.py"][module].items():
-            assert torch.equal(value, kept["loop"][module][key])
+def test_plain_aa_clip_inside(scripts, backbone, tmp_path):
+    """One loop without the extension, from the fresh base that train.py starts with, is what train.py does."""
+    epochs = ["--text_epoch", "2", "--image_epoch", "2", "--seed", "7"]
+    assert scripts("train", *SMALL, *epochs, "--save_path", tmp_path / "trained") == 0
+    fresh = checkpoints.states(make_model(backbone, seed=7))
+    (tmp_path / "fresh").mkdir()
+    for name in ("text_adapter", "image_adapter"):
+        # The scripts refuse an untrained base, so this one says that it was trained.
+        content = torch.load(tmp_path / "trained" / f"{name}.pth", weights_only=True)
+        torch.save(content | {name: fresh[name]}, tmp_path / "fresh" / f"{name}.pth")
+    flags = ["--loops", "1", "--feedback", "off", "--no_text_cross_attn", "--no_image_cross_attn"]
+    flags += ["--stage1_levels", "last", "--optimizer_state", "reset", "--dataset", "small", "--device", "cpu"]
+    command = ["train_cross_attention", *flags, *epochs, "--resume", tmp_path / "fresh", "--save_path", tmp_path / "x"]
+    assert scripts(*command) == 0
+    assert_same_tensors(tmp_path / "x" / "loop_1.pth", tmp_path / "trained")
+    moved, start = tensors(tmp_path / "trained"), tensors(tmp_path / "fresh")
+    assert not any(torch.equal(moved[name], start[name]) for name in moved)
 
 
 def test_optimiser_state_resets_or_carries(backbone, data_root, tmp_path):
     moments = {}
     for choice in ("reset", "carry"):
-        run = make_trainer(backbone, data_root, tmp_path / choice, loops=2, optimizer_state=choice)
+        trainer = make_trainer(backbone, data_root, tmp_path / choice, loops=2, optimizer_state=choice)
         steps = []
 
         def note(trainer, stage, steps=steps):
             state = trainer.optimizer_states[stage.name]["state"]
             steps.append((stage.name, int(state[0]["step"])))
 
-        run.on_stage_end = note
-        run.run()
+        trainer.on_stage_end = note
+        trainer.run()
         moments[choice] = steps
     per_loop = {"text": 5, "image": 10}  # 20 images, batches of 4 and of 2
     assert moments["reset"] == [("text", 5), ("image", 10)] * 2
     assert moments["carry"] == [(n, k * per_loop[n]) for k in (1, 2) for n in ("text", "image")]
+
+
+def test_v_v_attention_follows_its_flags(backbone, data_root, tmp_path, monkeypatch):
+    assert vv_start(settings(), SimpleNamespace(image_blocks=range(24), default_vv_start=5)) == 5
+    assert vv_start(settings(surgery_until_layer=20), SimpleNamespace(image_blocks=range(24))) == 5
+    assert vv_start(settings(surgery_until_layer=1), backbone) == 12  # in no block
+    calls = []
+
+    def watched(images, start, across_batch):
+        calls.append((start, across_batch))
+        return original(images, start, across_batch)
+
+    original = backbone.vv_tokens
+    monkeypatch.setattr(backbone, "vv_tokens", watched)
+    make_trainer(backbone, data_root, tmp_path, vv_attention="image", surgery_until_layer=4).run()
+    assert set(calls) == {(9, False)}
+
+
+def test_other_clip_weights_are_refused_when_a_run_goes_on(scripts, backbone, tmp_path, monkeypatch, capsys):
+    original = Trainer.train_step
+
+    def stopped(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    command = ["train", *SMALL, *EPOCHS, "--save_path", tmp_path / "x"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", stopped)
+        assert scripts(*command) == 1
+    state = backbone.clip.state_dict()
+    state["ln_final.bias"] = state["ln_final.bias"] + 1
+    torch.save(state, tmp_path / "other.pt")
+    assert scripts(*command, "--clip_weights", tmp_path / "other.pt") == 2
+    assert "this run has CLIP weights of SHA-256" in capsys.readouterr().err
+    assert scripts(*command) == 0
 
 
 def read_log(folder: Path) -> list[dict[str, str]]:
@@ -177,25 +203,43 @@ def without_time(folder: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(folder)]
 
 
-def test_sigterm_saves_and_the_same_run_goes_on_exactly(scripts, base, tmp_path, monkeypatch, capsys):
-    command = ["train_cross_attention", *EXTEND, "--resume", base, "--loops", "2", "--val_fraction", "0.2"]
-    assert scripts(*command, "--save_path", tmp_path / "whole") == 0
+@pytest.fixture(scope="module")
+def whole(base, data_root, tmp_path_factory) -> Path:
+    """An uninterrupted run with a held-out part."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert Scripts(monkeypatch, data_root)(*HELD_OUT, "--resume", base, "--save_path", folder) == 0
+    return folder
+
+
+# Two classes of 5 + 5 images, a fifth held out: 4 steps of Stage 1, then 8 of Stage 2.
+@pytest.mark.parametrize(
+    ("call", "where"),
+    [
+        (3, "loop 1, Stage 1, epoch 1, step 3"),
+        (4, "loop 1, Stage 1, epoch 1, step 4"),
+        (7, "loop 1, Stage 2, epoch 1, step 3"),
+        (12, "loop 1, Stage 2, epoch 1, step 8"),
+    ],
+)
+def test_stopped_and_started_again_gives_the_same_run(scripts, base, whole, tmp_path, monkeypatch, capsys, call, where):
     original, calls = Trainer.train_step, []
 
     def interrupted(self, *arguments):
         calls.append(1)
-        if len(calls) == 7:  # the third step of loop 1's Stage 2
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
         return original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
-    assert scripts(*command, "--save_path", tmp_path / "cut") == 1
-    assert "Stopped by SIGTERM at loop 1, Stage 2, epoch 1, step 3" in capsys.readouterr().err
+    command = [*HELD_OUT, "--resume", base, "--save_path", tmp_path / "cut"]
+    assert scripts(*command) == 1
+    assert f"Stopped by SIGTERM at {where}; the state is saved" in capsys.readouterr().err
     assert not (tmp_path / "cut" / "loop_1.pth").exists()
-    assert scripts(*command, "--save_path", tmp_path / "cut") == 0
+    assert scripts(*command) == 0
     for loop in range(3):
-        assert_same_tensors(tmp_path / "cut" / f"loop_{loop}.pth", tmp_path / "whole" / f"loop_{loop}.pth")
-    assert without_time(tmp_path / "cut") == without_time(tmp_path / "whole")
+        assert_same_tensors(tmp_path / "cut" / f"loop_{loop}.pth", whole / f"loop_{loop}.pth")
+    assert without_time(tmp_path / "cut") == without_time(whole)
 
 
 def test_killed_and_started_again_gives_the_same_tensors(scripts, base, data_root, tmp_path):
@@ -233,7 +277,7 @@ def test_extending_a_run_and_going_on_from_a_loop_file(scripts, base, tmp_path, 
     assert scripts(*command, "--loops", "2", "--save_path", tmp_path / "grown") == 0
     assert_same_tensors(tmp_path / "grown" / "loop_2.pth", tmp_path / "whole" / "loop_2.pth")
     assert scripts(*command, "--loops", "2", "--save_path", tmp_path / "grown") == 0
-    assert "already has its 2 loops" in capsys.readouterr().err
+    assert "is finished up to loop 2" in capsys.readouterr().err
     assert scripts(*command, "--loops", "1", "--save_path", tmp_path / "grown") == 2
     assert "already has 2 loops" in capsys.readouterr().err
     loop_1 = tmp_path / "whole" / "loop_1.pth"
@@ -322,7 +366,7 @@ def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
     dataset = AnomalyDataset(folder, records, 64, "image")
 
     def epoch(workers: int, number: int, skip: int = 0) -> torch.Tensor:
-        sampler = SeededSampler(len(dataset), seed=5, loop=1, stage="image")
+        sampler = SeededSampler(len(dataset), key=(5, 1, 1))
         sampler.set_epoch(number, skip)
         torch.manual_seed(number + workers)  # the global generator must not matter
         return torch.cat([batch["image"] for batch in make_loader(dataset, 3, workers, sampler)])

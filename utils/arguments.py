@@ -4,6 +4,7 @@ Flags keep AA-CLIP's names.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -32,7 +33,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Keeps the lines of the description; shows defaults, but for flags whose help says what happens without them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -80,8 +82,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--relu", action="store_true", default=None, help="LeakyReLU after the image projectors [none]")
     group.add_argument("--adapter_hidden", type=at_least(1), help="adapters with a bottleneck of this width [none]")
-    group.add_argument("--text_adapt_weight", type=float, help="weight of a text adapter's output [0.1]")
-    group.add_argument("--image_adapt_weight", type=float, help="weight of an image adapter's output [0.1]")
+    group.add_argument("--text_adapt_weight", type=finite, help="weight of a text adapter's output [0.1]")
+    group.add_argument("--image_adapt_weight", type=finite, help="weight of an image adapter's output [0.1]")
     group.add_argument(
         "--text_adapt_until", type=at_least(1), help="number of text blocks with an adapter [a quarter: 3]"
     )
@@ -110,7 +112,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) 
     group.add_argument(
         "--image_lr", type=positive, default=5e-4, help="learning rate of Stage 2, halved at steps 16000 and 32000"
     )
-    group.add_argument("--text_norm_weight", type=float, default=0.1, help="weight of Stage 1's orthogonal term")
+    group.add_argument("--text_norm_weight", type=finite, default=0.1, help="weight of Stage 1's orthogonal term")
     group.add_argument(
         "--stage1_levels",
         choices=("last", "all"),
@@ -146,10 +148,18 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole
 
 
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return value
+
+
 def positive(text: str) -> float:
     """A finite number over 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
+    value = finite(text)
+    if value <= 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a number over 0")
     return value
 
@@ -162,7 +172,12 @@ def _fraction(text: str) -> float:
 
 
 def _shot(text: str) -> int | None:
-    return None if text in ("full", "0") else at_least(2)(text)
+    if text in ("full", "0"):
+        return None
+    value = at_least(2)(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected an even number, half normal and half anomalous images")
+    return value
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -171,7 +186,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without CUDA
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"--device {args.device}: not usable here ({str(error).partition(chr(10))[0]}).") from error
     return device
 
 

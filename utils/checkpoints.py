@@ -6,11 +6,9 @@ A loop file holds the four modules (state dicts, None where switched off), `loop
 
 import hashlib
 import os
-import pickle
 import platform
 import re
 import subprocess
-import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
-from model.backbone import REPOSITORY, Backbone
+from model.backbone import REPOSITORY, Backbone, check_state
+from utils.plan import Run
 
 TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. `model` (a ModelConfig as a dict), `training` and `clip_sha256` are None where it is silent."""
+    """A model on disk. `model` (ModelConfig), `training` (Settings) and `clip_sha256` are None where it is silent."""
 
     path: Path
     loop: int
@@ -36,6 +35,10 @@ class Checkpoint:
     training: dict | None = None
     clip_sha256: str | None = None
     is_loop_file: bool = False
+
+    def seen(self) -> list[str]:
+        """Data sets that the model was trained on, base and loops; "unknown" among them where the base is silent."""
+        return sorted({*self.base["datasets"], *([self.training["dataset"]] if self.loop else [])})
 
 
 def save(content: dict, path: Path) -> None:
@@ -54,8 +57,8 @@ def read(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # unpickling damaged bytes may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: no checkpoint, or a truncated one ({reason[:200]}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
@@ -72,7 +75,7 @@ def file_sha256(path: Path) -> str:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A base (AA-CLIP's folder, or one of its two files) or a loop file.
+    """A base (the folder of AA-CLIP's two files) or a loop file.
 
     Raises FileNotFoundError or ValueError that say what was expected.
     """
@@ -85,25 +88,36 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     missing = [key for key in MODULES if key not in content]
     if missing:
         raise ValueError(f"{path}: expected a loop file with {', '.join(MODULES)}; '{missing[0]}' is missing.")
-    missing = [key for key in ("config", "loop", "base") if key not in content]
-    if missing:
+    if "config" not in content:
         raise ValueError(
-            f"{path}: '{missing[0]}' is missing, so this file was not written by this program. Files of other attempts "
+            f"{path}: 'config' is missing, so this file was not written by this program. Files of other attempts "
             "at cross-attention hold other arithmetic and cannot be used; train from their base model instead."
         )
+    _expect(content, path, config=dict, loop=int, base=dict, environment=dict)
     config = content["config"]
+    _expect(config, path, model=dict, training=dict)
+    _expect(content["base"], path, sha256=dict, datasets=list)
     modules = {name: content[name] for name in MODULES}
-    clip_sha256 = content["environment"]["clip_sha256"]
+    for name, state in modules.items():
+        if state is not None or name.endswith("adapter"):
+            _expect_tensors(state, name, path)
+    clip_sha256 = content["environment"].get("clip_sha256")
     return Checkpoint(
-        path,
-        content["loop"],
-        modules,
-        content["base"],
-        config["model"],
-        config["training"],
-        clip_sha256,
-        is_loop_file=True,
+        path, content["loop"], modules, content["base"], config["model"], config["training"], clip_sha256, True
     )
+
+
+def _expect(content: dict, path: Path, **kinds: type) -> None:
+    """Raise ValueError for the first key that is missing or of another kind."""
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            found = f"holds {type(content[key]).__name__}" if key in content else "is missing"
+            raise ValueError(f"{path}: '{key}' {found}; expected {kind.__name__}.")
+
+
+def _expect_tensors(state: object, name: str, path: Path) -> None:
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: '{name}' holds no state dict; expected a dict of tensors.")
 
 
 def _load_base(folder: Path) -> Checkpoint:
@@ -124,9 +138,8 @@ def _load_base(folder: Path) -> Checkpoint:
             )
     text, image = read(text_path), read(image_path)
     for content, name, path in ((text, "text_adapter", text_path), (image, "image_adapter", image_path)):
-        for key in ("epoch", name):
-            if key not in content:
-                raise ValueError(f"{path}: key '{key}' is missing; expected AA-CLIP's 'epoch' and '{name}'.")
+        _expect(content, path, epoch=int)
+        _expect_tensors(content.get(name), name, path)
         if content["epoch"] < 1:
             raise ValueError(
                 f"{path}: epoch is {content['epoch']}: this base was never trained. Train it with train.py."
@@ -140,7 +153,7 @@ def _load_base(folder: Path) -> Checkpoint:
         "path": folder.as_posix(),
         "sha256": {path.name: file_sha256(path) for path in (text_path, image_path)},
         "epochs": {"text": text["epoch"], "image": image["epoch"]},
-        "dataset": training and training["dataset"],
+        "datasets": ["unknown" if training is None else training["dataset"]],
     }
     clip_sha256 = text.get("environment", {}).get("clip_sha256")
     return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256)
@@ -173,6 +186,8 @@ def adapter_kind(checkpoint: Checkpoint) -> dict:
                 )
     numbers = {int(key.split(".")[0]) for key in text}
     layers = {int(key.split(".")[1]) for key in image if key.startswith("layer_adapters.")}
+    if "0.fc.0.weight" not in text or not layers:
+        raise ValueError(f"{checkpoint.path}: lacks the first adapter of a tower.")
     bottleneck = "0.fc.2.weight" in text
     return {
         "relu": "det_proj.fc.0.weight" in image,
@@ -193,17 +208,7 @@ def load_modules(model: CrossAttentionCLIP, checkpoint: Checkpoint) -> None:
             continue
         if module is None:
             raise ValueError(f"{checkpoint.path}: holds '{name}', which is switched off.")
-        expected = module.state_dict()
-        for key in sorted(expected.keys() | state.keys()):
-            if key not in state:
-                raise ValueError(f"{checkpoint.path}: '{name}' lacks '{key}', shape {list(expected[key].shape)}.")
-            if key not in expected:
-                raise ValueError(f"{checkpoint.path}: '{name}' holds '{key}', which the model does not have.")
-            if state[key].shape != expected[key].shape:
-                raise ValueError(
-                    f"{checkpoint.path}: '{name}.{key}' has shape {list(state[key].shape)}, expected "
-                    f"{list(expected[key].shape)} for {model.config.model_name}."
-                )
+        check_state(module.state_dict(), state, f"{checkpoint.path}: '{name}'")
         module.load_state_dict(state)
 
 
@@ -234,11 +239,12 @@ def _origin(header: dict) -> tuple:
     return base.get("sha256"), base.get("continued_from", {}).get("sha256")
 
 
-def open_run(folder: Path, header: dict, loops: int) -> dict | None:
-    """The state of the run in `folder`, or None for a new one. Writes nothing.
+def open_run(run: Run) -> dict | None:
+    """The state of a run that has begun, or None for a new one. Writes nothing.
 
     Raises ValueError where the folder holds anything else, or a run of another base, other arguments or more loops.
     """
+    folder, header, loops = run.folder, run.header, run.last_loop
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / STATE_FILE).is_file():
@@ -246,6 +252,7 @@ def open_run(folder: Path, header: dict, loops: int) -> dict | None:
             f"{folder} exists and holds no run of this program ({STATE_FILE}). Choose another --save_path."
         )
     state = read(folder / STATE_FILE)
+    _expect(state, folder / STATE_FILE, config=dict, base=dict, position=tuple)
     if _origin(state) != _origin(header):
         raise ValueError(
             f"{folder} holds a run that started from another base, {state.get('base')}. Choose another --save_path."

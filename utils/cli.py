@@ -13,20 +13,23 @@ from utils.logs import setup_logging
 logger = logging.getLogger(__name__)
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Run `main` and exit with its code, or with one clear message where the input is at fault.
 
-    ValueError and OSError are bad input here: the modules raise them with what was expected and what was found. Any
-    other exception is a fault of the program and keeps its traceback.
+    ValueError and OSError are bad input here: the modules raise them with what was expected and what was found. Their
+    traceback goes to train.log where there is one. Any other exception is a fault of the program and keeps its own.
     """
     setup_logging()
     try:
-        code = main() or 0
+        main()
+        code = 0
     except TrainingError as error:
         logger.error("error: %s", error)
+        logger.debug("Where it happened:", exc_info=True)
         code = 1
     except (ValueError, OSError) as error:
         logger.error("error: %s", loader_message(error))
+        logger.debug("Where it happened:", exc_info=True)
         code = 2
     except torch.OutOfMemoryError as error:  # outside training, which says more of its own
         logger.error("error: out of memory. Try a smaller --batch_size, or --precision bf16. (%s)", error)

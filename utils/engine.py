@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.images import STAGES, AnomalyDataset, SeededSampler, check_masks, loader_message, make_loader
+from dataset.images import AnomalyDataset, SeededSampler, check_masks, loader_message, make_loader
 from dataset.records import Record, few_shot, hold_out, open_dataset, write_records
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
-from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
+from model.adapter_cross_attention import MODULES, STAGES, CrossAttentionCLIP
 from utils import checkpoints
 from utils.logs import CsvLog, log_to_file, progress
-from utils.plan import Position, Settings, Stage
+from utils.plan import Position, Run, Settings, Stage, vv_start
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ MILESTONES = (16000, 32000)
 # The losses of a stage's first steps are logged one by one: the zero start of a fresh module protects one step only.
 FIRST_STEPS = 10
 SAVE_SECONDS = 300
+# How PyTorch's CPU allocator puts it, on every system.
+OUT_OF_MEMORY = "you tried to allocate"
 LOSS_TERMS = [
     *(f"{term}_{level}" for level in range(1, 5) for term in ("focal", "dice_normal", "dice_abnormal")),
     "orthogonal",
@@ -62,6 +64,9 @@ def load_training_data(settings: Settings, data_root: Path) -> TrainingData:
     data = open_dataset(settings.dataset, data_root, settings.domain)
     records = data.records if settings.shot is None else few_shot(data.records, settings.shot, settings.seed)
     train, held_out = hold_out(records, settings.val_fraction, settings.seed)
+    if not train or (settings.val_fraction and not held_out):
+        counts = f"{len(train)} images to train on and {len(held_out)} held out"
+        raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
     check_masks(data.folder, records)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions)
 
@@ -101,66 +106,64 @@ class StopSignal:
 
 
 class Trainer:
-    """Runs `stages` on `model`, saving to `folder`.
-
-    `header` goes into every state file (`config` and `base`, to recognise the run by). `on_stage_end(trainer, stage)`
-    writes what a script wants to keep.
-    """
+    """Trains `model` as `run` says. `on_stage_end(trainer, stage)` writes what a script wants to keep."""
 
     def __init__(
         self,
         model: CrossAttentionCLIP,
         data: TrainingData,
-        settings: Settings,
-        stages: list[Stage],
-        folder: Path,
-        header: dict,
+        run: Run,
         on_stage_end: Callable[["Trainer", Stage], None],
         num_workers: int = 0,
     ):
-        self.model, self.data, self.settings, self.stages = model, data, settings, stages
-        self.folder, self.header, self.on_stage_end, self.num_workers = folder, header, on_stage_end, num_workers
-        self.device = model.backbone.scale.device
+        self.model, self.data, self.on_stage_end, self.num_workers = model, data, on_stage_end, num_workers
+        self.plan, self.settings, self.folder = run, run.settings, run.folder
+        self.device = model.backbone.device
         self.bank = PromptBank(model.backbone, data.descriptions)
-        depth = len(model.backbone.image_blocks)
-        until = settings.surgery_until_layer
-        # --surgery_until_layer L means V-V attention in the last L - 1 blocks.
-        self.vv_start = model.backbone.default_vv_start if until is None else depth - until + 1
-        if not 0 <= self.vv_start <= depth:
-            raise ValueError(f"--surgery_until_layer {until}: expected 1 to {depth + 1}, it has {depth} blocks.")
-        self.position = Position(stages[0].loop, stages[0].name)
+        self.vv_start = vv_start(run.settings, model.backbone)
+        self.position = Position(run.stages[0].loop, run.stages[0].name)
         self.optimizer_states: dict[str, dict] = {}
         self.means = Means()
         self.metrics: dict[str, dict[str, float]] = {}
-        self.log = CsvLog(folder / "log.csv", COLUMNS)
+        self.log = CsvLog(run.folder / "log.csv", COLUMNS)
 
     # state
 
     def open_folder(self, new: bool) -> None:
-        """Make the run's folder and log to it. A new run is named there before all else by its state and its draw."""
+        """Make the run's folder and log to it. A new run is named there before all else by its state."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        log_to_file(self.folder / "train.log")
         if new:
             self.save()
-            if self.settings.shot is not None:
-                path = self.folder / f"{self.settings.shot}-shot.jsonl"
-                write_records(path, self.data.train + self.data.held_out)
+        log_to_file(self.folder / "train.log")
+        if new and self.settings.shot is not None:
+            path = self.folder / f"{self.settings.shot}-shot.jsonl"
+            write_records(path, self.data.train + self.data.held_out)
 
     def save(self) -> None:
         """Write all that exact continuation needs."""
         checkpoints.save(
             {
-                **self.header,
+                **self.plan.header,
                 "modules": checkpoints.states(self.model),
                 "optimizers": self.optimizer_states,
                 "position": tuple(self.position),
                 "means": self.means.totals,
                 "metrics": self.metrics,
                 "rng": torch.get_rng_state(),
+                "clip_sha256": self.model.backbone.sha256,
             },
             self.folder / checkpoints.STATE_FILE,
         )
         self._saved_at = time.monotonic()
+
+    def check_clip(self, state: dict) -> None:
+        """Raise ValueError where a state of `save` is of other CLIP weights."""
+        then, now = state["clip_sha256"], self.model.backbone.sha256
+        if then != now:
+            raise ValueError(
+                f"{self.folder}: this run has CLIP weights of SHA-256 {then[:16]}..., found {now[:16]}.... "
+                "Give the right file with --clip_weights FILE."
+            )
 
     def restore(self, state: dict) -> None:
         """Take up a state of `save`."""
@@ -181,7 +184,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         with StopSignal() as self._stop:
             try:
-                for stage in self.stages:
+                for stage in self.plan.stages:
                     if Position(stage.loop, stage.name).order()[:2] >= now[:2]:
                         self.run_stage(stage)
             except (ValueError, OSError) as error:  # of reading images and writing files
@@ -189,7 +192,7 @@ class Trainer:
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise TrainingError(self._out_of_memory(stage, error)) from error
             except RuntimeError as error:
-                if "can't allocate memory" in str(error):  # how PyTorch's CPU allocator puts it
+                if OUT_OF_MEMORY in str(error):
                     raise TrainingError(self._out_of_memory(stage, error)) from error
                 raise
 
@@ -201,10 +204,10 @@ class Trainer:
         optimizer = self._make_optimizer(stage, begun)
         text = ClassText(model, self.bank, fixed=name == "image")
         dataset = AnomalyDataset(self.data.folder, self.data.train, model.backbone.img_size, name)
-        sampler = SeededSampler(len(dataset), self.settings.seed, stage.loop, name)
+        sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
         loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
         steps = math.ceil(len(dataset) / stage.batch_size)
-        title = f"loop {stage.loop}/{self.stages[-1].loop} Stage {STAGES.index(name) + 1}"
+        title = f"loop {stage.loop}/{self.plan.last_loop} Stage {STAGES.index(name) + 1}"
         done = self.position.epoch * steps + self.position.step
         with progress(total=stage.epochs * steps, initial=done, desc=title, unit="step") as bar:
             while self.position.epoch < stage.epochs:
@@ -221,8 +224,9 @@ class Trainer:
     ) -> None:
         """Train what is left of the current epoch, log it and save the state."""
         started = time.monotonic()
+        epoch = self.position.epoch
         for batch in loader:
-            _, _, epoch, step = self.position
+            step = self.position.step
             rates = self._set_learning_rates(optimizer, stage, epoch * steps + step)
             row = self.train_step(stage, batch, optimizer, text)
             self.means.add(row)
@@ -233,7 +237,7 @@ class Trainer:
             bar.update()
             self._save_if_due(stage.name, optimizer)
         self.optimizer_states[stage.name] = optimizer.state_dict()
-        epoch = self.position.epoch
+        rates = self._set_learning_rates(optimizer, stage, (epoch + 1) * steps - 1)  # of the last step
         means = self.means.get() | {"emptied_masks": self.means.totals["emptied_masks"][0]}
         self.metrics[stage.name] = means
         self._write_row("epoch", epoch, None, means | rates | {"seconds": time.monotonic() - started})
@@ -278,7 +282,8 @@ class Trainer:
         """Loss of the stage on a batch, and its terms without gradient."""
         settings, model = self.settings, self.model
         images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
-        target = {key: batch[key].to(self.device, non_blocking=True) for key in ("mask", "label", "has_mask")}
+        target = {key: batch[key].to(self.device, non_blocking=True) for key in ("mask", "label")}
+        target["has_mask"] = batch["has_mask"]
         if stage.name == "text":
             across_batch = settings.vv_attention == "batch"
             patches, anchors = encode_stage1(
@@ -328,7 +333,7 @@ class Trainer:
             if not math.isfinite(value):
                 files = "\n  ".join(batch["path"])
                 raise TrainingError(
-                    f"{name} is {value} at {_describe(self.position)}; no step was made. The batch:\n  {files}\n"
+                    f"{name} is {value} at {self.position}; no step was made. The batch:\n  {files}\n"
                     f"The last good state is in {self.folder}. Look at these files, or lower the learning rate."
                 )
 
@@ -338,7 +343,7 @@ class Trainer:
             self.save()
         if self._stop.received:
             raise TrainingError(
-                f"Stopped by {self._stop.received} at {_describe(self.position)}; the state is saved in {self.folder}. "
+                f"Stopped by {self._stop.received} at {self.position}; the state is saved in {self.folder}. "
                 "The same command goes on from here."
             )
 
@@ -363,16 +368,11 @@ class Trainer:
     def _out_of_memory(self, stage: Stage, error: BaseException) -> str:
         flag, size = f"--{stage.name}_batch_size", self.model.backbone.img_size
         return (
-            f"Out of memory at {_describe(self.position)}. Tried: {flag} {stage.batch_size}, --img_size {size}, "
+            f"Out of memory at {self.position}. Tried: {flag} {stage.batch_size}, --img_size {size}, "
             f"--precision {self.settings.precision} on {self.device}.\nThe last state is in {self.folder}. Start again "
             f"in a new --save_path with a smaller {flag}, or with --precision bf16.\n"
             f"({str(error).partition(chr(10))[0][:200]})"
         )
-
-
-def run_header(config: ModelConfig, settings: Settings, base: dict) -> dict:
-    """What names a run, in its state and in the files it keeps."""
-    return {"config": {"model": config.to_dict(), "training": asdict(settings)}, "base": base}
 
 
 def _measure_added(found: dict[str, Tensor], name: str) -> Callable:
@@ -395,8 +395,3 @@ def _row_order(row: dict[str, str]) -> tuple[int, int, float, float]:
     """Where a log row stands among positions: a step's before it, an epoch's at its end."""
     step = float(row["step"]) if row["step"] else math.inf
     return int(row["loop"]), int(row["stage"]) - 1, int(row["epoch"]) - 1, step
-
-
-def _describe(position: Position) -> str:
-    stage = STAGES.index(position.stage) + 1
-    return f"loop {position.loop}, Stage {stage}, epoch {position.epoch + 1}, step {position.step}"

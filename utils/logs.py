@@ -2,11 +2,14 @@
 
 import csv
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 # Loggers of this program: its scripts and packages.
 PROGRAM = ("train", "train_cross_attention", "test", "model", "dataset", "utils")
@@ -28,10 +31,11 @@ def setup_logging() -> None:
         handler.close()
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     for name in PROGRAM:
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.DEBUG)
 
 
 def log_to_file(path: Path) -> None:
@@ -49,10 +53,14 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 
 class CsvLog:
-    """A CSV file with fixed columns; each row is on disk when `write` returns. Numbers are written in full."""
+    """A CSV file with fixed columns; each row is on disk when `write` returns. Numbers are written in full.
+
+    Where another program locks the file (a spreadsheet on Windows), rows wait for the next `write` that succeeds.
+    """
 
     def __init__(self, path: Path, columns: list[str]):
         self.path, self.columns = path, columns
+        self.waiting: list[dict] = []
 
     def open(self, keep: Callable[[dict[str, str]], bool]) -> None:
         """Start the file, or go on with one, keeping the rows that `keep` accepts."""
@@ -60,12 +68,20 @@ class CsvLog:
         if self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values() and keep(row)]
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
+        os.replace(temporary, self.path)
 
     def write(self, row: dict) -> None:
         """Append a row; columns that it lacks stay empty."""
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self.waiting.append(row)
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(self.waiting)
+        except PermissionError as error:
+            logger.warning("%s cannot be written, its rows wait: %s", self.path, error)
+        else:
+            self.waiting.clear()

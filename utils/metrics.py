@@ -12,6 +12,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from forward_utils_cross_attention import Prediction
+
 logger = logging.getLogger(__name__)
 
 METRICS = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
@@ -76,17 +78,19 @@ class ClassScores:
     pixels: ScoreCounts = field(default_factory=ScoreCounts)
     maskless: bool = False
 
-    def add(self, maps: Tensor, scores: Tensor, batch: dict) -> None:
-        """Take in maps [B, S, S] and detection scores [B]. Raises ValueError for an image whose map is not finite."""
+    def add(self, prediction: Prediction, batch: dict, rows: list[int]) -> None:
+        """Take in the `rows` of a batch that are of this class. Raises ValueError for a map that is not finite."""
+        maps, scores = prediction.maps[rows], prediction.scores[rows]
         finite = maps.flatten(1).isfinite().all(dim=1) & scores.isfinite()
         if not finite.all():
-            raise ValueError(f"{batch['path'][int((~finite).nonzero()[0])]}: the model's map or score is not finite.")
-        self.labels += batch["label"].tolist()
+            path = batch["path"][rows[finite.tolist().index(False)]]
+            raise ValueError(f"{path}: the model's map or score is not finite.")
+        self.labels += batch["label"][rows].tolist()
         self.scores += scores.tolist()
         self.highest += maps.amax(dim=(1, 2)).tolist()
         self.lowest += maps.amin(dim=(1, 2)).tolist()
-        self.maskless |= not batch["has_mask"].all().item()
-        self.pixels.add(maps, batch["mask"].squeeze(1))
+        self.maskless |= not batch["has_mask"][rows].all().item()
+        self.pixels.add(maps, batch["mask"][rows].squeeze(1))
 
     def image_scores(self) -> np.ndarray:
         """The published image score: half the detection score, half the highest map value, both min-max scaled.

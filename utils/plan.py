@@ -1,13 +1,13 @@
 """What a run will do: its settings, the stages that follow from them, and the plan in words."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from dataset.images import STAGES
-from model.adapter_cross_attention import CrossAttentionCLIP
+from model.adapter_cross_attention import STAGES, CrossAttentionCLIP, ModelConfig
+from model.backbone import Backbone, empty_backbone
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,35 @@ class Position(NamedTuple):
     epoch: int = 0
     step: int = 0
 
+    def __str__(self) -> str:
+        stage = STAGES.index(self.stage) + 1
+        return f"loop {self.loop}, Stage {stage}, epoch {self.epoch + 1}, step {self.step}"
+
     def order(self) -> tuple[int, int, int, int]:
         """Sorts positions by time."""
         return self.loop, STAGES.index(self.stage), self.epoch, self.step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training is asked to do. `base` tells what it starts from; `files` are the names it will write."""
+
+    config: ModelConfig
+    settings: Settings
+    stages: list[Stage]
+    folder: Path
+    files: list[str]
+    base: dict = field(default_factory=dict)
+
+    @property
+    def header(self) -> dict:
+        """What names the run, in its state and in the files it keeps."""
+        return {"config": {"model": asdict(self.config), "training": asdict(self.settings)}, "base": self.base}
+
+    @property
+    def last_loop(self) -> int:
+        """Number of the last loop."""
+        return self.stages[-1].loop
 
 
 def plan_stages(settings: Settings, loops: range) -> list[Stage]:
@@ -83,6 +109,19 @@ def plan_stages(settings: Settings, loops: range) -> list[Stage]:
                 )
             )
     return stages
+
+
+def vv_start(settings: Settings, backbone: Backbone) -> int:
+    """The first block with V-V attention: --surgery_until_layer L means the last L - 1 blocks.
+
+    Raises ValueError where the model has fewer.
+    """
+    until, depth = settings.surgery_until_layer, len(backbone.image_blocks)
+    if until is None:
+        return backbone.default_vv_start
+    if not 1 <= until <= depth + 1:
+        raise ValueError(f"--surgery_until_layer {until}: expected 1 to {depth + 1}; the model has {depth} blocks.")
+    return depth - until + 1
 
 
 def _count(module: nn.Module | None) -> int:
@@ -111,21 +150,32 @@ def trainable_parts(model: CrossAttentionCLIP) -> list[tuple[str, str, int, str]
     return [(*part[:2], _count(part[2]), part[3] if part[2] is not None else "switched off") for part in parts]
 
 
-def describe_plan(model: CrossAttentionCLIP, stages: list[Stage], folder: Path, files: list[str]) -> str:
+def _join(values: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def describe_plan(run: Run) -> str:
     """The plan of a run as text: what trains where, the stages in order, and the files it will write."""
+    settings = run.settings
+    model = CrossAttentionCLIP(empty_backbone(run.config.model_name, run.config.img_size), run.config)
     rows = trainable_parts(model)
     width = max(len(part) for _, part, _, _ in rows)
-    lines = [f"Model: {', '.join(f'{k} {v}' for k, v in model.config.to_dict().items())}", "", "Trainable modules"]
+    lines = [
+        f"Model     {_join(asdict(run.config))}",
+        f"Settings  {_join(asdict(settings))}",
+        "",
+        "Trainable modules",
+    ]
     lines += [f"  Stage {stage}  {part:{width}}  {count:>12,}  {what}" for stage, part, count, what in rows]
     for number in ("1", "2"):
         lines.append(f"  Stage {number}  {'in all':{width}}  {sum(r[2] for r in rows if r[0] == number):>12,}")
     lines.append(f"  frozen   {'CLIP':{width}}  {_count(model.backbone):>12,}")
-    lines += ["", "Stages"]
-    for stage in stages:
+    lines += ["", f"Stages (V-V attention from block {vv_start(settings, model.backbone)} on)"]
+    for stage in run.stages:
         looks = "" if stage.source is None else f", features {stage.source if stage.source != 'off' else 'frozen CLIP'}"
         cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
         rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
         what = f"loop {stage.loop}  Stage {STAGES.index(stage.name) + 1}"
         lines.append(f"  {what}  {stage.epochs} epochs, batch {stage.batch_size}, {rate}{looks}")
-    lines += ["", f"Files in {folder}", *(f"  {name}" for name in files)]
+    lines += ["", f"Files in {run.folder}", *(f"  {name}" for name in run.files)]
     return "\n".join(lines)
