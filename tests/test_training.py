@@ -245,15 +245,8 @@ def test_stopped_and_started_again_gives_the_same_run(scripts, base, whole, tmp_
 def test_killed_and_started_again_gives_the_same_tensors(scripts, base, data_root, tmp_path):
     arguments = [
         *EXTEND,
-        "--image_epoch",
-        "40",
-        "1",
-        "--resume",
-        str(base),
-        "--loops",
-        "2",
-        "--data_root",
-        str(data_root),
+        *("--image_epoch", "8", "1", "--loops", "2"),
+        *("--resume", str(base), "--data_root", str(data_root)),
     ]
     assert scripts("train_cross_attention", *arguments, "--save_path", tmp_path / "whole") == 0
     command = [sys.executable, "train_cross_attention.py", *arguments, "--save_path", str(tmp_path / "cut")]
