@@ -207,7 +207,7 @@ class Trainer:
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
         loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
         steps = math.ceil(len(dataset) / stage.batch_size)
-        title = f"loop {stage.loop}/{self.plan.last_loop} Stage {STAGES.index(name) + 1}"
+        title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
         done = self.position.epoch * steps + self.position.step
         with progress(total=stage.epochs * steps, initial=done, desc=title, unit="step") as bar:
             while self.position.epoch < stage.epochs:
@@ -355,7 +355,7 @@ class Trainer:
     def _report(self, stage: Stage) -> None:
         last = self.metrics[stage.name]
         lines = [
-            f"loop {stage.loop} Stage {STAGES.index(stage.name) + 1}: loss {last['loss']:.4f}, "
+            f"loop {stage.loop} {stage.title}: loss {last['loss']:.4f}, "
             f"anchor separation {last['anchor_separation']:.4f}, "
             f"{last['emptied_masks']:.0f} masks emptied by resizing or augmentation (last epoch)"
         ]

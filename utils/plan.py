@@ -48,6 +48,11 @@ class Stage(NamedTuple):
     cross_attn_lr: float
     source: str | None
 
+    @property
+    def title(self) -> str:
+        """As messages call it."""
+        return f"Stage {STAGES.index(self.name) + 1}"
+
 
 class Position(NamedTuple):
     """What comes next: loops count from 1, finished epochs of the stage and finished steps of the epoch from 0."""
@@ -175,7 +180,8 @@ def describe_plan(run: Run) -> str:
         looks = "" if stage.source is None else f", features {stage.source if stage.source != 'off' else 'frozen CLIP'}"
         cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
         rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
-        what = f"loop {stage.loop}  Stage {STAGES.index(stage.name) + 1}"
-        lines.append(f"  {what}  {stage.epochs} epochs, batch {stage.batch_size}, {rate}{looks}")
+        lines.append(
+            f"  loop {stage.loop}  {stage.title}  {stage.epochs} epochs, batch {stage.batch_size}, {rate}{looks}"
+        )
     lines += ["", f"Files in {run.folder}", *(f"  {name}" for name in run.files)]
     return "\n".join(lines)
