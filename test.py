@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=arguments.at_least(1), default=8, help="images per forward; results do not depend on it"
     )
-    arguments.add_model_arguments(parser)
+    arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_run_arguments(parser)
     return parser.parse_args()
 
@@ -74,34 +74,38 @@ def checkpoints_of(path: Path) -> list[Checkpoint]:
     return [load_checkpoint(path)]
 
 
-def base_path(checkpoint: Checkpoint) -> Path | None:
+def base_of(checkpoint: Checkpoint) -> Checkpoint | None:
     """The loop_0.pth that a loop is compared with; None for a base. Raises FileNotFoundError where it is missing."""
-    if not checkpoint.is_loop_file or checkpoint.loop == 0:
+    if checkpoint.loop == 0:
         return None
-    beside = checkpoint.path.parent / "loop_0.pth"
-    if not beside.is_file():
-        raise FileNotFoundError(f"{beside}: missing; {checkpoint.path.name} is compared with the base beside it.")
-    return beside.resolve()
+    return load_checkpoint(checkpoint.path.parent / "loop_0.pth")
 
 
-def collect(paths: list[Path]) -> dict[Path, Checkpoint]:
-    """Every checkpoint asked for, by its resolved path, and the bases, each before what is compared with it."""
+def identity(checkpoint: Checkpoint) -> str:
+    """The same for two checkpoints of one model: a base is known by the hashes of its files, whatever run it is in."""
+    if checkpoint.loop == 0:
+        return " ".join(sorted(checkpoint.base["sha256"].values()))
+    return str(checkpoint.path.resolve())
+
+
+def collect(paths: list[Path]) -> dict[str, tuple[Checkpoint, str | None]]:
+    """{identity: (checkpoint, identity of its base)} of all that is asked for; each base comes before its loops."""
     found = {}
     for path in paths:
         for checkpoint in checkpoints_of(path):
-            base = base_path(checkpoint)
-            if base is not None and base not in found:
-                found[base] = load_checkpoint(base)
-            found.setdefault(checkpoint.path.resolve(), checkpoint)
+            base = base_of(checkpoint)
+            if base is not None:
+                found.setdefault(identity(base), (base, None))
+            found.setdefault(identity(checkpoint), (checkpoint, identity(base) if base else None))
     return found
 
 
 def load_models(args: argparse.Namespace) -> list[Tested]:
     """Every checkpoint asked for and its base, all on one backbone. Raises ValueError where theirs differ."""
     device = arguments.device_of(args)
-    tested: dict[Path, Tested] = {}
+    tested: dict[str, Tested] = {}
     shared = backbone = None
-    for path, checkpoint in collect(args.ckpt).items():
+    for key, (checkpoint, base) in collect(args.ckpt).items():
         config, assumed = arguments.resolve_model(args, checkpoint)
         if assumed:
             logger.info("%s names no backbone. Assumed: %s", checkpoint.path, " ".join(assumed))
@@ -115,8 +119,7 @@ def load_models(args: argparse.Namespace) -> list[Tested]:
             )
         model = build_model(config, backbone, checkpoint, device)
         model.set_stage(None)
-        base = base_path(checkpoint)
-        tested[path] = Tested(checkpoint, model, tested[base] if base else None)
+        tested[key] = Tested(checkpoint, model, tested[base] if base else None)
     return list(tested.values())
 
 
@@ -164,7 +167,8 @@ def table(tested: list[Tested]) -> str:
     """Results of all models, class by class, and for those with a base the differences, in percent."""
     width = max(24, *(len(each.name) + 4 for each in tested))
     lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):>14}" for name in METRICS)]
-    for class_name in tested[0].results:
+    classes = [name for name in tested[0].results if name != AVERAGE or len(tested[0].results) > 2]
+    for class_name in classes:
         lines.append(class_name)
         for each in tested:
             lines.append(
@@ -178,7 +182,7 @@ def table(tested: list[Tested]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(each: Tested, data: DataSet) -> Path:
+def write_csv(each: Tested, data: DataSet, precision: str) -> Path:
     """Write a model's results beside its checkpoint: <loop>_<data set>.csv, in a base's folder base_<data set>.csv."""
     path = each.checkpoint.path
     stem = path.with_suffix("") if each.checkpoint.is_loop_file else path / "base"
@@ -192,7 +196,8 @@ def write_csv(each: Tested, data: DataSet) -> Path:
         if each.base:
             row |= {f"{name}_base": value for name, value in each.base.results[class_name].items()}
             row |= {f"{name}_difference": value for name, value in differences(each, class_name).items()}
-        rows.append(row | {"trained_on_this_data_set": each.was_trained_on(data)})
+        row |= {"trained_on_this_data_set": each.was_trained_on(data)}
+        rows.append(row | {"img_size": each.model.config.img_size, "precision": precision})
     with open(file_path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -213,7 +218,7 @@ def main() -> None:
     for data, bank in zip(data_sets, banks, strict=True):
         evaluate(tested, data, bank, args)
         print(f"\n{data.name}: {len(data.records)} images, in percent\n{table(tested)}")
-        files = [write_csv(each, data) for each in tested]
+        files = [write_csv(each, data, args.precision) for each in tested]
         logger.info("Wrote %s", ", ".join(map(str, files)))
         seen = [each.name for each in tested if each.was_trained_on(data) is True]
         if seen:

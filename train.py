@@ -24,10 +24,10 @@ FILES = {"text": checkpoints.TEXT_FILE, "image": checkpoints.IMAGE_FILE}
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--save_path", type=Path, default="ckpt/baseline", help="folder of the run")
-    parser.add_argument("--text_epoch", type=arguments.at_least(1), nargs=1, default=[5], help="epochs of Stage 1")
-    parser.add_argument("--image_epoch", type=arguments.at_least(1), nargs=1, default=[20], help="epochs of Stage 2")
+    parser.add_argument("--text_epoch", type=arguments.epochs, default="5", help="epochs of Stage 1")
+    parser.add_argument("--image_epoch", type=arguments.epochs, default="20", help="epochs of Stage 2")
     arguments.add_training_arguments(parser, stage1_levels="last")
-    arguments.add_model_arguments(parser)
+    arguments.add_model_arguments(parser, "AA-CLIP's value, in brackets")
     arguments.add_run_arguments(parser)
     # A base model is one loop without the extension.
     parser.set_defaults(

@@ -70,12 +70,9 @@ def parse_arguments() -> argparse.Namespace:
         help="Adam's moments at the start of later loops",
     )
     arguments.add_training_arguments(parser, stage1_levels="all")
-    arguments.add_model_arguments(parser)
+    arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_run_arguments(parser)
-    args = parser.parse_args()
-    if args.resume is None and not args.dry_run:
-        parser.error("--resume is needed: the folder of a base model (train.py makes one) or a loop file")
-    return args
+    return parser.parse_args()
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -128,6 +125,10 @@ def on_stage_end(trainer: Trainer, stage: Stage) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    if args.resume is None and not args.dry_run:
+        raise ValueError(
+            "--resume is needed, also to go on: the folder of a base model (train.py makes one) or a loop file."
+        )
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint and checkpoint.is_loop_file:
         check_loop_file(args, checkpoint)

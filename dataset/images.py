@@ -41,12 +41,24 @@ def read_mask(path: Path) -> Image.Image:
     return Image.fromarray(mask.astype(np.uint8) * 255)
 
 
-def check_masks(folder: Path, records: list[Record]) -> None:
-    """Read every mask once, so that a broken one is found before training. Raises ValueError that names it."""
-    paths = [folder / record.mask_path for record in records if record.mask_path]
+def check_files(folder: Path, records: list[Record]) -> None:
+    """Open every image and read every mask once, so that a bad one is found before training.
+
+    Of images only the header is read. Raises ValueError that names the file.
+    """
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(read_mask, paths), total=len(paths), desc="checking masks", leave=False, disable=None):
+        checked = pool.map(lambda record: _check_record(folder, record), records)
+        for _ in tqdm(checked, total=len(records), desc="checking images and masks", leave=False, disable=None):
             pass
+
+
+def _check_record(folder: Path, record: Record) -> None:
+    try:
+        Image.open(folder / record.image_path).close()
+    except OSError as error:
+        raise ValueError(f"{folder / record.image_path}: not readable as an image ({error}).") from error
+    if record.mask_path:
+        read_mask(folder / record.mask_path)
 
 
 class Transform:

@@ -95,11 +95,10 @@ def _find(name: str, root: Path) -> tuple[Path, Path]:
     if folder is None:
         tree = "\n".join(f"    {root / candidate}/full-shot.jsonl" for candidate in folders)
         others = sorted(path.parent.name for path in root.glob("*/full-shot.jsonl")) if root.is_dir() else []
-        root_is = "the data root" if root.is_dir() else "a data root that does not exist"
+        what = f"'{root}' has no folder of it" if root.is_dir() else f"'{root}' does not exist"
         raise FileNotFoundError(
-            f"Data set {name}: no folder under {root_is}, '{root}'. Expected one of\n{tree}\n"
-            f"    with the images and masks beside it.\nFound there: {', '.join(others) or 'no data set'}. "
-            "Give the right place with --data_root DIR."
+            f"Data set {name}: {what}. Expected one of\n{tree}\n    with the images and masks beside it.\n"
+            f"Data sets there: {', '.join(others) or 'none'}. Give the right place with --data_root DIR."
         )
     candidates = [folder / "full-shot.jsonl", METADATA / name / "full-shot.jsonl"]
     metadata = next((path for path in candidates if path.is_file()), None)

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import shorten
 
 import open_clip
 import torch
@@ -95,10 +96,11 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
     source = open_clip.get_pretrained_cfg(model_name, "openai")
     reason = "open_clip lists no OpenAI weights for it"
     if source:
+        logger.info("No weights of %s in ckpt/ or model/; trying to download them.", model_name)
         try:
             return Path(open_clip.download_pretrained(source))
         except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
-            reason = f"download failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            reason = f"download failed: {shorten(str(error), 160)} ({type(error).__name__})"
     url = source.get("url") if source else "a checkpoint of this model"
     raise FileNotFoundError(
         f"No weights for {model_name}.\n"
@@ -128,7 +130,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip, safetensors and TorchScript errors share no base class
-        raise ValueError(f"{path}: not readable as CLIP weights ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path}: not readable as CLIP weights ({shorten(str(error), 160)}).") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

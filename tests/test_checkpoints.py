@@ -158,7 +158,7 @@ def test_a_run_of_another_base_is_refused(scripts, run, copy, capsys):
 def test_a_folder_that_is_no_run_and_the_resumed_folder_are_refused(scripts, base, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     assert scripts("train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path) == 2
-    assert "holds no run of this program" in capsys.readouterr().err
+    assert "has no state.pth, so no run goes on there" in capsys.readouterr().err
     assert scripts("train_cross_attention", *EXTEND, "--resume", base, "--save_path", base) == 2
     assert "holds the checkpoint of --resume" in capsys.readouterr().err
 

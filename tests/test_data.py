@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from dataset.constants import DATA_SETS, class_prompts, describe_class
-from dataset.images import AnomalyDataset, Transform, check_masks, loader_message, make_loader, read_mask
+from dataset.images import AnomalyDataset, Transform, check_files, loader_message, make_loader, read_mask
 from dataset.records import Record, few_shot, hold_out, open_dataset, read_records, write_records
 from tests.conftest import write_small_dataset
 
@@ -140,11 +140,13 @@ def test_empty_masks_and_unreadable_files(root):
     folder = root / "small"
     Image.new("L", (48, 40)).save(folder / "candle" / "1_0_mask.png")
     with pytest.raises(ValueError, match=r"1_0_mask.png: the mask of an anomalous image is empty"):
-        check_masks(folder, open_dataset("small", root).records)
+        check_files(folder, open_dataset("small", root).records)
     (folder / "candle" / "1_1_mask.png").write_bytes(b"")
     with pytest.raises(ValueError, match="not readable as a mask"):
         read_mask(folder / "candle" / "1_1_mask.png")
     (folder / "metal_nut" / "0_0.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(ValueError, match=r"0_0.png: not readable as an image"):
+        check_files(folder, open_dataset("small", root).records)
     dataset = AnomalyDataset(folder, open_dataset("small", root).records, 32)
     with pytest.raises(ValueError, match="not readable as an image"):
         dataset[0]

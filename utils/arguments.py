@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -65,9 +66,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the model is; without a flag, the checkpoint's value, else AA-CLIP's."""
-    group = parser.add_argument_group("model", "without a flag: the checkpoint's value, else the one in brackets")
+def add_model_arguments(parser: argparse.ArgumentParser, without: str) -> None:
+    """What the model is; `without` says what holds without a flag."""
+    group = parser.add_argument_group("model", f"without a flag: {without}")
     group.add_argument("--model_name", help=f"CLIP by open_clip's name, or demo [{DEFAULT_MODEL}]")
     group.add_argument(
         "--img_size",
@@ -85,10 +86,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text_adapt_weight", type=finite, help="weight of a text adapter's output [0.1]")
     group.add_argument("--image_adapt_weight", type=finite, help="weight of an image adapter's output [0.1]")
     group.add_argument(
-        "--text_adapt_until", type=at_least(1), help="number of text blocks with an adapter [a quarter: 3]"
+        "--text_adapt_until",
+        type=at_least(1),
+        help="number of text blocks with an adapter [a quarter of them, 3 of ViT-L's 12]",
     )
     group.add_argument(
-        "--image_adapt_until", type=at_least(1), help="number of ViT blocks with an adapter [a quarter: 6]"
+        "--image_adapt_until",
+        type=at_least(1),
+        help="number of ViT blocks with an adapter [a quarter of them, 6 of ViT-L's 24]",
     )
 
 
@@ -128,7 +133,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) 
     group.add_argument(
         "--surgery_until_layer",
         type=at_least(1),
-        help="L: V-V attention in the last L - 1 blocks; without it from block 5/24 of the depth on (AA-CLIP's 20)",
+        help="20 for V-V attention in the last 19 ViT blocks, and so on; without it the share that is 19 of ViT-L's 24",
     )
     group.add_argument(
         "--seed", type=at_least(0), default=111, help="of new weights, sample order, augmentation and draws"
@@ -146,6 +151,11 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return whole
+
+
+def epochs(text: str) -> list[int]:
+    """One number of epochs, as a list of one."""
+    return [at_least(1)(text)]
 
 
 def finite(text: str) -> float:
@@ -186,7 +196,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without CUDA
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).partition(chr(10))[0]}).") from error
+        raise ValueError(f"--device {args.device}: not usable here ({shorten(str(error), 160)}).") from error
     return device
 
 

@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ def read(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: no checkpoint, or a truncated one ({reason[:200]}).") from error
+        reason = shorten(str(error), 100) or type(error).__name__
+        raise ValueError(f"{path}: no checkpoint, or a truncated one ({reason}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
     return content
@@ -244,18 +245,23 @@ def open_run(run: Run) -> dict | None:
 
     Raises ValueError where the folder holds anything else, or a run of another base, other arguments or more loops.
     """
-    folder, header, loops = run.folder, run.header, run.last_loop
+    folder, header = run.folder, run.header
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
+    loops = loop_files(folder)
+    rescue = f", or go on from {loops[-1]} with --resume and a new --save_path" if loops else ""
     if not (folder / STATE_FILE).is_file():
         raise ValueError(
-            f"{folder} exists and holds no run of this program ({STATE_FILE}). Choose another --save_path."
+            f"{folder} exists and has no {STATE_FILE}, so no run goes on there. Choose another --save_path{rescue}."
         )
-    state = read(folder / STATE_FILE)
-    _expect(state, folder / STATE_FILE, config=dict, base=dict, position=tuple)
+    try:
+        state = read(folder / STATE_FILE)
+        _expect(state, folder / STATE_FILE, config=dict, base=dict, position=tuple)
+    except ValueError as error:
+        raise ValueError(f"{error} Choose another --save_path{rescue}.") from error
     if _origin(state) != _origin(header):
         raise ValueError(
-            f"{folder} holds a run that started from another base, {state.get('base')}. Choose another --save_path."
+            f"{folder} holds a run that started from another base, {state['base']}. Choose another --save_path."
         )
     differences = [
         f"  {name}: {old.get(name)} before, {new.get(name)} now"
@@ -266,11 +272,13 @@ def open_run(run: Run) -> dict | None:
     ]
     if differences:
         raise ValueError(
-            f"{folder} holds a run with other arguments:\n" + "\n".join(differences) + "\nChoose another --save_path."
+            f"{folder} holds a run with other arguments:\n"
+            + "\n".join(differences)
+            + "\nRepeat the earlier ones to go on, or choose another --save_path."
         )
     finished = state["position"][0] - 1
-    if loops < finished:
-        raise ValueError(f"--loops {loops}: the run in {folder} already has {finished} loops.")
+    if run.last_loop < finished:
+        raise ValueError(f"--loops {run.last_loop}: the run in {folder} already has {finished} loops.")
     return state
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dataset.images import loader_message
-from utils.engine import TrainingError
+from utils.engine import TrainingError, TrainingStoppedError
 from utils.logs import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         code = 0
+    except TrainingStoppedError as error:
+        logger.warning("%s", error)
+        code = 1
     except TrainingError as error:
         logger.error("error: %s", error)
         logger.debug("Where it happened:", exc_info=True)

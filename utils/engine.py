@@ -7,19 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.images import AnomalyDataset, SeededSampler, check_masks, loader_message, make_loader
+from dataset.images import AnomalyDataset, SeededSampler, check_files, loader_message, make_loader
 from dataset.records import Record, few_shot, hold_out, open_dataset, write_records
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
 from model.adapter_cross_attention import MODULES, STAGES, CrossAttentionCLIP
 from utils import checkpoints
 from utils.logs import CsvLog, log_to_file, progress
-from utils.plan import Position, Run, Settings, Stage, vv_start
+from utils.plan import Position, Run, Settings, Stage, shot_file, vv_start
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ COLUMNS = [
 
 
 class TrainingError(RuntimeError):
-    """Training stopped; the last saved state is intact."""
+    """Training failed; the last saved state is intact."""
+
+
+class TrainingStoppedError(TrainingError):
+    """Training was stopped by a signal; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def load_training_data(settings: Settings, data_root: Path) -> TrainingData:
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
-    check_masks(data.folder, records)
+    check_files(data.folder, records)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions)
 
 
@@ -136,7 +141,7 @@ class Trainer:
             self.save()
         log_to_file(self.folder / "train.log")
         if new and self.settings.shot is not None:
-            path = self.folder / f"{self.settings.shot}-shot.jsonl"
+            path = self.folder / shot_file(self.settings)
             write_records(path, self.data.train + self.data.held_out)
 
     def save(self) -> None:
@@ -342,7 +347,7 @@ class Trainer:
             self.optimizer_states[stage] = optimizer.state_dict()
             self.save()
         if self._stop.received:
-            raise TrainingError(
+            raise TrainingStoppedError(
                 f"Stopped by {self._stop.received} at {self.position}; the state is saved in {self.folder}. "
                 "The same command goes on from here."
             )
@@ -354,10 +359,11 @@ class Trainer:
 
     def _report(self, stage: Stage) -> None:
         last = self.metrics[stage.name]
+        masks = sum(record.mask_path is not None for record in self.data.train)
         lines = [
-            f"loop {stage.loop} {stage.title}: loss {last['loss']:.4f}, "
-            f"anchor separation {last['anchor_separation']:.4f}, "
-            f"{last['emptied_masks']:.0f} masks emptied by resizing or augmentation (last epoch)"
+            f"loop {stage.loop} {stage.title}, last epoch: loss {last['loss']:.4f}, anchor separation "
+            f"{last['anchor_separation']:.4f}; of {masks} masks {last['emptied_masks']:.0f} left empty by resizing or "
+            "augmentation, so their images trained as if they had no defect to find"
         ]
         for name in self.model.trainable():
             measures = [("gradient norm", "grad_norm"), ("update per step", "update"), ("added term / input", "added")]
@@ -371,7 +377,7 @@ class Trainer:
             f"Out of memory at {self.position}. Tried: {flag} {stage.batch_size}, --img_size {size}, "
             f"--precision {self.settings.precision} on {self.device}.\nThe last state is in {self.folder}. Start again "
             f"in a new --save_path with a smaller {flag}, or with --precision bf16.\n"
-            f"({str(error).partition(chr(10))[0][:200]})"
+            f"({shorten(str(error), 160)})"
         )
 
 

@@ -1,5 +1,6 @@
 """What a run will do: its settings, the stages that follow from them, and the plan in words."""
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +117,11 @@ def plan_stages(settings: Settings, loops: range) -> list[Stage]:
     return stages
 
 
+def shot_file(settings: Settings) -> str:
+    """Name of the list of the images that --shot drew."""
+    return f"{settings.shot}-shot.jsonl"
+
+
 def vv_start(settings: Settings, backbone: Backbone) -> int:
     """The first block with V-V attention: --surgery_until_layer L means the last L - 1 blocks.
 
@@ -155,8 +161,10 @@ def trainable_parts(model: CrossAttentionCLIP) -> list[tuple[str, str, int, str]
     return [(*part[:2], _count(part[2]), part[3] if part[2] is not None else "switched off") for part in parts]
 
 
-def _join(values: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+def _paragraph(title: str, values: dict) -> str:
+    """The values that are set, in lines of a readable width."""
+    chosen = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    return textwrap.fill(f"{title}: {chosen}", 110, subsequent_indent="  ")
 
 
 def describe_plan(run: Run) -> str:
@@ -165,12 +173,7 @@ def describe_plan(run: Run) -> str:
     model = CrossAttentionCLIP(empty_backbone(run.config.model_name, run.config.img_size), run.config)
     rows = trainable_parts(model)
     width = max(len(part) for _, part, _, _ in rows)
-    lines = [
-        f"Model     {_join(asdict(run.config))}",
-        f"Settings  {_join(asdict(settings))}",
-        "",
-        "Trainable modules",
-    ]
+    lines = [_paragraph("Model", asdict(run.config)), _paragraph("Settings", asdict(settings)), "", "Trainable modules"]
     lines += [f"  Stage {stage}  {part:{width}}  {count:>12,}  {what}" for stage, part, count, what in rows]
     for number in ("1", "2"):
         lines.append(f"  Stage {number}  {'in all':{width}}  {sum(r[2] for r in rows if r[0] == number):>12,}")
@@ -181,7 +184,8 @@ def describe_plan(run: Run) -> str:
         cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
         rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
         lines.append(
-            f"  loop {stage.loop}  {stage.title}  {stage.epochs} epochs, batch {stage.batch_size}, {rate}{looks}"
+            f"  loop {stage.loop}  {stage.title}  {stage.epochs} epoch{'s' * (stage.epochs > 1)}, batch {stage.batch_size}, {rate}{looks}"
         )
-    lines += ["", f"Files in {run.folder}", *(f"  {name}" for name in run.files)]
+    files = run.files if settings.shot is None else [*run.files, shot_file(settings)]
+    lines += ["", f"Files in {run.folder}", *(f"  {name}" for name in files)]
     return "\n".join(lines)
