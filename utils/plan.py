@@ -183,9 +183,8 @@ def describe_plan(run: Run) -> str:
         looks = "" if stage.source is None else f", features {stage.source if stage.source != 'off' else 'frozen CLIP'}"
         cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
         rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
-        lines.append(
-            f"  loop {stage.loop}  {stage.title}  {stage.epochs} epoch{'s' * (stage.epochs > 1)}, batch {stage.batch_size}, {rate}{looks}"
-        )
+        epochs = f"{stage.epochs} epoch{'s' * (stage.epochs > 1)}"
+        lines.append(f"  loop {stage.loop}  {stage.title}  {epochs}, batch {stage.batch_size}, {rate}{looks}")
     files = run.files if settings.shot is None else [*run.files, shot_file(settings)]
     lines += ["", f"Files in {run.folder}", *(f"  {name}" for name in files)]
     return "\n".join(lines)
