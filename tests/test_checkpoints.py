@@ -163,6 +163,18 @@ def test_a_folder_that_is_no_run_and_the_resumed_folder_are_refused(scripts, bas
     assert "holds the checkpoint of --resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half")])
+def test_a_lost_state_says_how_to_go_on(scripts, run, base, tmp_path, capsys, damage):
+    folder = Path(shutil.copytree(run, tmp_path / "lost"))
+    damage(folder / "state.pth")
+    command = ["train_cross_attention", *EXTEND, "--save_path"]
+    assert scripts(*command, folder, "--resume", base, "--loops", "3") == 2
+    message = capsys.readouterr().err
+    assert "Choose another --save_path, or go on from" in message and "loop_2.pth with --resume" in message
+    assert scripts(*command, tmp_path / "new", "--resume", folder / "loop_2.pth", "--loops", "3") == 0
+    assert (tmp_path / "new" / "loop_3.pth").exists()
+
+
 def test_saving_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "file.pth"
     checkpoints.save({"value": 1}, path)

@@ -73,6 +73,14 @@ def test_data_sets_by_path_are_the_same_data_set(scripts, run, base, data_root, 
     assert "no such file; expected JSON lines" in capsys.readouterr().err
 
 
+def test_runs_of_one_base_share_its_row(scripts, run, base, other_root, tmp_path, capsys):
+    twin = shutil.copytree(run, tmp_path / "twin")
+    ckpts = [run / "loop_1.pth", twin / "loop_2.pth", base]
+    assert scripts("test", "--ckpt", *ckpts, "--dataset", "other", "--device", "cpu", data_root=other_root) == 0
+    out = capsys.readouterr().out
+    assert out.count("(base)") == 1 and out.count("less its base") == 2 and "twin/loop_2" in out
+
+
 def test_what_a_silent_base_has_seen_is_unknown(scripts, base, tmp_path, other_root):
     """AA-CLIP's own files do not name their training data."""
     folder = tmp_path / "silent"
