@@ -359,12 +359,16 @@ class Trainer:
 
     def _report(self, stage: Stage) -> None:
         last = self.metrics[stage.name]
-        masks = sum(record.mask_path is not None for record in self.data.train)
         lines = [
-            f"loop {stage.loop} {stage.title}, last epoch: loss {last['loss']:.4f}, anchor separation "
-            f"{last['anchor_separation']:.4f}; of {masks} masks {last['emptied_masks']:.0f} left empty by resizing or "
-            "augmentation, so their images trained as if they had no defect to find"
+            f"loop {stage.loop} {stage.title}, last epoch: loss {last['loss']:.4f}, "
+            f"anchor separation {last['anchor_separation']:.4f}"
         ]
+        if last["emptied_masks"]:
+            masks = sum(record.mask_path is not None for record in self.data.train)
+            lines.append(
+                f"  {last['emptied_masks']:.0f} of {masks} masks left empty by resizing or augmentation: "
+                "these images trained as if they had no defect to find"
+            )
         for name in self.model.trainable():
             measures = [("gradient norm", "grad_norm"), ("update per step", "update"), ("added term / input", "added")]
             found = [f"{title} {last[f'{key}_{name}']:.3g}" for title, key in measures if f"{key}_{name}" in last]
