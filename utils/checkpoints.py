@@ -124,12 +124,7 @@ def _expect_tensors(state: object, name: str, path: Path) -> None:
 def _load_base(folder: Path) -> Checkpoint:
     text_path, image_path = folder / TEXT_FILE, folder / IMAGE_FILE
     if not image_path.is_file():
-        numbered = {
-            int(path.stem.rsplit("_", 1)[1]): path
-            for path in folder.glob("image_adapter_*.pth")
-            if path.stem.rsplit("_", 1)[1].isdigit()
-        }
-        image_path = numbered[max(numbered)] if numbered else image_path
+        image_path = next(reversed(_numbered(folder, "image_adapter")), image_path)
     for path in (text_path, image_path):
         if not path.is_file():
             found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
@@ -162,10 +157,13 @@ def _load_base(folder: Path) -> Checkpoint:
 
 def loop_files(folder: Path) -> list[Path]:
     """loop_0.pth, loop_1.pth, ... of a run folder, in order."""
-    numbered = {
-        int(match[1]): path for path in folder.glob("loop_*.pth") if (match := re.fullmatch(r"loop_(\d+)", path.stem))
-    }
-    return [numbered[number] for number in sorted(numbered)]
+    return _numbered(folder, "loop")
+
+
+def _numbered(folder: Path, name: str) -> list[Path]:
+    """<name>_<number>.pth of a folder, by their numbers."""
+    found = {path: re.fullmatch(rf"{name}_(\d+)", path.stem) for path in folder.glob(f"{name}_*.pth")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
 
 
 def adapter_kind(checkpoint: Checkpoint) -> dict:
@@ -220,17 +218,17 @@ def build_model(
     torch.manual_seed(seed)
     model = CrossAttentionCLIP(backbone, config)
     if checkpoint is not None:
-        check_clip(checkpoint, backbone)
+        check_clip(checkpoint.clip_sha256, backbone, f"{checkpoint.path}: trained on other CLIP weights, SHA-256")
         load_modules(model, checkpoint)
     return model.to(device)
 
 
-def check_clip(checkpoint: Checkpoint, backbone: Backbone) -> None:
-    """Raise ValueError where the CLIP weights are not those that the checkpoint was trained on."""
-    if checkpoint.clip_sha256 is not None and checkpoint.clip_sha256 != backbone.sha256:
+def check_clip(recorded: str | None, backbone: Backbone, what: str) -> None:
+    """Raise ValueError, beginning with `what`, where CLIP weights are not the recorded ones (None: not known)."""
+    if recorded is not None and recorded != backbone.sha256:
         raise ValueError(
-            f"{checkpoint.path}: trained on other CLIP weights, SHA-256 {checkpoint.clip_sha256[:16]}..., found "
-            f"{backbone.sha256[:16]}... for {backbone.model_name}. Give the right file with --clip_weights FILE."
+            f"{what} {recorded[:16]}..., found {backbone.sha256[:16]}... for {backbone.model_name}. "
+            "Give the right file with --clip_weights FILE."
         )
 
 

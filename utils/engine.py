@@ -161,15 +161,6 @@ class Trainer:
         )
         self._saved_at = time.monotonic()
 
-    def check_clip(self, state: dict) -> None:
-        """Raise ValueError where a state of `save` is of other CLIP weights."""
-        then, now = state["clip_sha256"], self.model.backbone.sha256
-        if then != now:
-            raise ValueError(
-                f"{self.folder}: this run has CLIP weights of SHA-256 {then[:16]}..., found {now[:16]}.... "
-                "Give the right file with --clip_weights FILE."
-            )
-
     def restore(self, state: dict) -> None:
         """Take up a state of `save`."""
         for name, module in self.model.trainable().items():

@@ -38,6 +38,11 @@ class Settings:
     precision: str
 
 
+def stage_title(name: str) -> str:
+    """A stage as messages call it."""
+    return f"Stage {STAGES.index(name) + 1}"
+
+
 class Stage(NamedTuple):
     """One stage of one loop. `source` is what Stage 1 looks at, see `encode_stage1`; Stage 2 has none."""
 
@@ -52,7 +57,7 @@ class Stage(NamedTuple):
     @property
     def title(self) -> str:
         """As messages call it."""
-        return f"Stage {STAGES.index(self.name) + 1}"
+        return stage_title(self.name)
 
 
 class Position(NamedTuple):
@@ -64,8 +69,7 @@ class Position(NamedTuple):
     step: int = 0
 
     def __str__(self) -> str:
-        stage = STAGES.index(self.stage) + 1
-        return f"loop {self.loop}, Stage {stage}, epoch {self.epoch + 1}, step {self.step}"
+        return f"loop {self.loop}, {stage_title(self.stage)}, epoch {self.epoch + 1}, step {self.step}"
 
     def order(self) -> tuple[int, int, int, int]:
         """Sorts positions by time."""

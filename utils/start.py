@@ -42,7 +42,8 @@ def start(
     model = checkpoints.build_model(config, backbone, checkpoint, device, run.settings.seed)
     trainer = Trainer(model, data, run, on_stage_end, arguments.workers_of(args))
     if state:
-        trainer.check_clip(state)
+        what = f"{run.folder}: this run has CLIP weights of SHA-256"
+        checkpoints.check_clip(state["clip_sha256"], backbone, what)
     trainer.open_folder(new=state is None)
     logger.info("%s\n\nCLIP weights of SHA-256 %s\n", plan, backbone.sha256)
     on_start(trainer)
