@@ -3,7 +3,7 @@
     python test.py --ckpt ckpt/<run>/loop_3.pth --dataset MVTec
 
 --ckpt takes loop files, run folders (all their loops) and base models; several at once. Prints a table per data set
-and writes a CSV file beside each checkpoint.
+and writes a CSV file beside each checkpoint; --pictures adds a sheet of anomaly maps per class.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dataset.constants import BLUR
 from dataset.images import AnomalyDataset, make_loader
-from dataset.records import DataSet, canonical_name, open_dataset
+from dataset.sets import DataSet, canonical_name, open_dataset
 from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
 from model.adapter_cross_attention import CrossAttentionCLIP
 from model.backbone import load_backbone
@@ -25,6 +25,7 @@ from utils.checkpoints import TEXT_FILE, Checkpoint, build_model, load_checkpoin
 from utils.cli import run_script
 from utils.logs import progress
 from utils.metrics import METRICS, ClassScores, mean_over_classes
+from utils.plots import ContactSheets
 
 logger = logging.getLogger("test")
 
@@ -61,6 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--domain", choices=tuple(BLUR), help="of data sets that are not known; without it industrial")
     parser.add_argument(
         "--batch_size", type=arguments.at_least(1), default=8, help="images per forward; results do not depend on it"
+    )
+    parser.add_argument(
+        "--pictures",
+        type=arguments.at_least(0),
+        default=0,
+        help="anomalous and normal images per class in the sheets of anomaly maps; 0 for none",
     )
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_run_arguments(parser)
@@ -124,7 +131,10 @@ def load_models(args: argparse.Namespace) -> list[Tested]:
 
 
 def evaluate(tested: list[Tested], data: DataSet, bank: PromptBank, args: argparse.Namespace) -> None:
-    """Fill in the results of every model on `data` in one pass over its images, which come class by class."""
+    """Fill in the results of every model on `data` in one pass over its images, which come class by class.
+
+    With --pictures, writes each class's contact sheet.
+    """
     backbone = tested[0].model.backbone
     texts = [ClassText(each.model, bank, fixed=True) for each in tested]
     for each in tested:
@@ -133,24 +143,38 @@ def evaluate(tested: list[Tested], data: DataSet, bank: PromptBank, args: argpar
     left = Counter(record.class_name for record in records)
     scores: dict[str, list[ClassScores]] = {}  # of the classes in hand: at most those of one batch
     images = AnomalyDataset(data.folder, records, backbone.img_size)
+    sheets = ContactSheets([each.name for each in tested], args.pictures)
     with progress(total=len(records), desc=data.name, unit="image") as bar:
         for batch in make_loader(images, args.batch_size, arguments.workers_of(args)):
             pixels = batch["image"].to(backbone.device)
             names = batch["class_name"]
-            for number, (each, text) in enumerate(zip(tested, texts, strict=True)):
-                prediction = predict(each.model, pixels, names, text, data.domain, args.precision)
-                for class_name in dict.fromkeys(names):
-                    if class_name not in scores:
-                        scores[class_name] = [ClassScores(data.domain) for _ in tested]
-                    rows = [row for row, name in enumerate(names) if name == class_name]
-                    scores[class_name][number].add(prediction, batch, rows)
+            predictions = [
+                predict(each.model, pixels, names, text, data.domain, args.precision)
+                for each, text in zip(tested, texts, strict=True)
+            ]
+            for class_name in dict.fromkeys(names):
+                if class_name not in scores:
+                    scores[class_name] = [ClassScores(data.domain) for _ in tested]
+                rows = [row for row, name in enumerate(names) if name == class_name]
+                for kept, prediction in zip(scores[class_name], predictions, strict=True):
+                    kept.add(prediction, batch, rows)
+            if args.pictures:
+                sheets.add(batch, predictions)
             left.subtract(names)
             for class_name in [name for name in scores if not left[name]]:
                 for each, kept in zip(tested, scores.pop(class_name), strict=True):
                     each.results[class_name] = kept.metrics()
+                if args.pictures:
+                    sheets.write(class_name, picture_folder(tested[-1], data) / f"{class_name}.png")
             bar.update(len(pixels))
     for each in tested:
         each.results[AVERAGE] = mean_over_classes(list(each.results.values()))
+
+
+def picture_folder(last: Tested, data: DataSet) -> Path:
+    """Where the contact sheets of a data set go: beside the last checkpoint."""
+    path = last.checkpoint.path
+    return (path.parent if last.checkpoint.is_loop_file else path) / f"pictures_{data.name}"
 
 
 def differences(each: Tested, class_name: str) -> dict[str, float]:
@@ -220,6 +244,8 @@ def main() -> None:
         print(f"\n{data.name}: {len(data.records)} images, in percent\n{table(tested)}")
         files = [write_csv(each, data, args.precision) for each in tested]
         logger.info("Wrote %s", ", ".join(map(str, files)))
+        if args.pictures:
+            logger.info("Pictures of the anomaly maps: %s", picture_folder(tested[-1], data))
         seen = [each.name for each in tested if each.was_trained_on(data) is True]
         if seen:
             logger.warning(

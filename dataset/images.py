@@ -167,7 +167,7 @@ def loader_message(error: Exception) -> str:
     return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int = 0) -> None:
     """Ctrl-C reaches every process of a terminal; the main one decides when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -182,7 +182,7 @@ def make_loader(
         sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=ignore_interrupt,
         pin_memory=torch.cuda.is_available(),
         # Of its own, so that loading never advances the global generator.
         generator=torch.Generator().manual_seed(0),

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = "ViT-L-14-336"
 # AA-CLIP adapts the 336 px model at 518 px (37 x 37 patches); every other model keeps the size of its configuration.
 ADAPTED_SIZES = {DEFAULT_MODEL: 518}
-WEIGHT_FOLDERS = ("ckpt", "model")
+WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 # Keys of open_clip's configurations of text towers with another mask, pooling or tokenizer.
 OTHER_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type", "embed_cls"}
@@ -76,10 +76,10 @@ def default_adapters(config: dict) -> dict[str, int]:
     }
 
 
-def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Path | None:
-    """The weight file of `model_name`: `clip_weights`, else a known name in ckpt/ or model/, else open_clip's download.
+def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Path:
+    """The weight file of `model_name`: `clip_weights`, else a known name in `WEIGHT_FOLDERS`, else a download.
 
-    None for the demo model where it has no file. Raises FileNotFoundError that lists what was tried.
+    open_clip downloads. Raises FileNotFoundError that lists what was tried.
     """
     if clip_weights is not None:
         if not Path(clip_weights).is_file():
@@ -91,12 +91,10 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    if model_name == "demo":
-        return None
     source = open_clip.get_pretrained_cfg(model_name, "openai")
     reason = "open_clip lists no OpenAI weights for it"
     if source:
-        logger.info("No weights of %s in ckpt/ or model/; trying to download them.", model_name)
+        logger.info("No weights of %s in %s; trying to download them.", model_name, ", ".join(WEIGHT_FOLDERS))
         try:
             return Path(open_clip.download_pretrained(source))
         except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
@@ -353,20 +351,13 @@ def load_backbone(
     """
     config = clip_config(model_name, img_size, quick_gelu)
     path = find_weights(model_name, clip_weights)
-    if path is None:
-        logger.warning("%s: random weights from a fixed seed, for trying the program; scores mean nothing.", model_name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            # At the configuration's own size, so that these weights do not depend on --img_size.
-            state = open_clip.CLIP(**clip_config(model_name, open_clip_size(model_name), quick_gelu)).state_dict()
-    else:
-        logger.info("CLIP weights: %s", path)
-        state = read_weights(path)
+    logger.info("CLIP weights: %s", path)
+    state = read_weights(path)
     sha256 = weights_sha256(state)
     with torch.device("meta"):
         clip = open_clip.CLIP(**config)
     resize_pos_embed(state, clip)
-    check_state(clip.state_dict(), state, f"{path or model_name}: not the weights of {model_name}; it")
+    check_state(clip.state_dict(), state, f"{path}: not the weights of {model_name}; it")
     clip.load_state_dict(state, assign=True)
     clip.attn_mask = _causal_mask(clip.context_length)  # a buffer outside the state dict
     return Backbone(clip, model_name, quick_gelu, sha256)
@@ -376,11 +367,6 @@ def empty_backbone(model_name: str = DEFAULT_MODEL, img_size: int | None = None)
     """The backbone without weights (on the meta device), for counting parameters."""
     with torch.device("meta"):
         return Backbone(open_clip.CLIP(**clip_config(model_name, img_size)), model_name)
-
-
-def open_clip_size(model_name: str) -> int:
-    """Image size in pixels of the model's own configuration."""
-    return open_clip.get_model_config(model_name)["vision_cfg"]["image_size"]
 
 
 def _causal_mask(length: int) -> Tensor:

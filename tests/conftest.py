@@ -51,7 +51,7 @@ def data_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def backbone() -> Backbone:
-    """The demo backbone on random weights from a fixed seed."""
+    """The demo backbone."""
     return load_backbone("demo")
 
 

@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from dataset.constants import DATA_SETS, class_prompts, describe_class
 from dataset.images import AnomalyDataset, Transform, check_files, loader_message, make_loader, read_mask
-from dataset.records import Record, few_shot, hold_out, open_dataset, read_records, write_records
+from dataset.records import Record, few_shot, hold_out, read_records, write_records
+from dataset.sets import open_dataset
 from tests.conftest import write_small_dataset
 
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)

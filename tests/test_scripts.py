@@ -7,16 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dataset.images import AnomalyDataset
-from dataset.records import open_dataset
-from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
+from dataset.images import AnomalyDataset, make_loader
+from dataset.sets import open_dataset
+from forward_utils_cross_attention import ClassText, Prediction, PromptBank, check_grid, predict
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
 from tests.conftest import EPOCHS, SMALL, write_small_dataset
+from utils import plots
 from utils.checkpoints import build_model, load_checkpoint
 
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
@@ -92,6 +94,54 @@ def test_what_a_silent_base_has_seen_is_unknown(scripts, base, tmp_path, other_r
     command = ["test", "--ckpt", folder, "--dataset", "other", "--model_name", "demo", "--device", "cpu"]
     assert scripts(*command, data_root=other_root) == 0
     assert read_csv(folder / "base_other.csv")[0]["trained_on_this_data_set"] == "unknown"
+
+
+def test_arguments_from_a_file(scripts, data_root, tmp_path, capsys):
+    recipe = tmp_path / "recipe.args"
+    lines = ["# a comment", "--dataset small --model_name demo", "", r"--text_epoch 3 --save_path D:\runs\a#1"]
+    recipe.write_text("\n".join(lines), encoding="utf-8")
+    assert scripts("train", f"@{recipe}", "--text_epoch", "2", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "dataset small" in out and "loop 1  Stage 1  2 epochs" in out and r"Files in D:\runs\a#1" in out
+    recipe.write_text('--dataset "small', encoding="utf-8")
+    assert scripts("train", f"@{recipe}") == 2
+    assert "No closing quotation in the line" in capsys.readouterr().err
+    assert scripts("train", f"@{tmp_path / 'gone.args'}") == 2
+    assert "gone.args" in capsys.readouterr().err
+
+
+def test_contact_sheets(scripts, run, other_root):
+    command = ["test", "--ckpt", run / "loop_2.pth", "--dataset", "other", "--device", "cpu"]
+    assert scripts(*command, "--pictures", 2, data_root=other_root) == 0
+    (path,) = (run / "pictures_other").iterdir()
+    width, height = Image.open(path).size
+    inches = (plots.PANEL_INCHES * 3 + 0.8) / (plots.PANEL_INCHES * 4 + 0.5)  # two models; two images of each kind
+    assert width / height == pytest.approx(inches, rel=0.01)
+
+
+def test_contact_sheets_keep_the_first_images_of_each_kind_and_the_models_in_order(data_root):
+    data = open_dataset("small", data_root)
+    images = AnomalyDataset(data.folder, data.of_class("candle"), 64)
+    sheets = plots.ContactSheets(["a", "b"], 2)
+    for batch in make_loader(images, 4, 0):
+        numbers = torch.arange(len(batch["label"]))
+        maps = numbers.view(-1, 1, 1).expand(-1, 64, 64).float()
+        sheets.add(batch, [Prediction(maps + shift, numbers / 10 + shift) for shift in (0, 0.5)])
+    kept = sheets.kept["candle"]
+    assert [[example.title for example in kept[label]] for label in (0, 1)] == [["0_0", "0_1"], ["1_0", "1_1"]]
+    assert [[panel.mean() for panel in example.maps] for example in kept[0]] == [[0, 0.5], [1, 1.5]]
+    assert kept[0][1].scores == pytest.approx([0.1, 0.6])
+    assert kept[1][0].mask.any() and not kept[0][0].mask.any()
+
+
+def test_pictures_show_the_pixels_that_the_model_saw(data_root):
+    data = open_dataset("small", data_root)
+    item = AnomalyDataset(data.folder, data.records, 64)[0]
+    shown = plots.to_picture(item["image"])
+    image = (
+        Image.open(data.folder / data.records[0].image_path).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+    )
+    assert np.abs(shown * 255 - np.asarray(image)).max() < 0.01
 
 
 def test_a_base_alone(scripts, base, other_root, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from model.adapter_cross_attention import MODULES, STAGE_MODULES
 from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors
 from utils import checkpoints
 from utils.engine import Trainer, load_training_data
-from utils.plan import Run, Settings, plan_stages, vv_start
+from utils.plan import Run, Settings, learning_rate_factor, plan_stages, vv_start
 
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS]
@@ -30,7 +31,8 @@ def settings(**changes) -> Settings:
         "dataset": "small", "domain": None, "shot": None, "val_fraction": 0.0, "seed": 3,
         "text_epoch": [1], "image_epoch": [1], "text_batch_size": 4, "image_batch_size": 2,
         "text_lr": 1e-3, "image_lr": 5e-4, "text_cross_attn_lr": None, "image_cross_attn_lr": None,
-        "lr_decay": 0.5, "text_norm_weight": 0.1, "stage1_levels": "all", "feedback": "adapted",
+        "lr_decay": 0.5, "lr_schedule": "steps", "warmup_steps": 0,
+        "text_norm_weight": 0.1, "stage1_levels": "all", "feedback": "adapted",
         "vv_attention": "batch", "surgery_until_layer": None, "optimizer_state": "reset", "precision": "fp32",
     }  # fmt: skip
     return Settings(**values | changes)
@@ -120,6 +122,25 @@ def test_learning_rate_is_halved_at_the_milestones(backbone, data_root, tmp_path
         trainer._set_learning_rates(optimizer, stage, step)
         assert tuple(group["lr"] for group in optimizer.param_groups) == expected
         assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+
+
+def test_learning_rates_warm_up_and_follow_a_cosine():
+    factors = [learning_rate_factor("cosine", step, 100, warmup_steps=3) for step in (0, 1, 50, 75, 100)]
+    quarter = (1 + math.cos(0.75 * math.pi)) / 2
+    expected = [0.25, 0.5 * (1 + math.cos(0.01 * math.pi)) / 2, 0.5, quarter, 0]
+    assert factors == pytest.approx(expected, abs=1e-12)
+    assert learning_rate_factor("cosine", 0, 100, warmup_steps=0) == 1
+    assert learning_rate_factor("steps", 7, 100, warmup_steps=15, milestones=(5, 7)) == 0.125
+
+
+def test_the_cosine_ends_with_the_stage(backbone, data_root, tmp_path):
+    trainer = make_trainer(backbone, data_root, tmp_path, lr_schedule="cosine", image_epoch=[2])
+    stage = trainer.plan.stages[1]
+    trainer.model.set_stage(stage.name)
+    optimizer = trainer._make_optimizer(stage, begun=False)
+    steps = 2 * math.ceil(len(trainer.data.train) / stage.batch_size)
+    assert trainer._set_learning_rates(optimizer, stage, 0)["lr"] == stage.lr
+    assert trainer._set_learning_rates(optimizer, stage, steps)["lr"] == 0
 
 
 def test_plain_aa_clip_inside(scripts, backbone, tmp_path):

@@ -6,6 +6,7 @@ Flags keep AA-CLIP's names.
 import argparse
 import math
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 
 from dataset.constants import BLUR
 from model.adapter_cross_attention import ModelConfig
-from model.backbone import DEFAULT_MODEL, clip_config, default_adapters
+from model.backbone import DEFAULT_MODEL, WEIGHT_FOLDERS, clip_config, default_adapters
 from utils.checkpoints import Checkpoint, adapter_kind
-from utils.plan import Settings
+from utils.plan import LR_SCHEDULES, Settings
 
 DATA_ROOT_VARIABLE = "AACLIP_DATA_ROOT"
 # Fields of ModelConfig that a base model leaves open.
@@ -38,9 +39,29 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.help if hidden else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reads arguments from @FILE too: several on a line, "quoted" where they hold spaces, and lines of # comments."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        if arg_line.lstrip().startswith("#"):
+            return []
+        words = shlex.shlex(arg_line, posix=True, punctuation_chars="")
+        words.whitespace_split, words.commenters, words.escape = True, "", ""  # backslashes are Windows paths
+        try:
+            return list(words)
+        except ValueError as error:
+            self.error(f"{error} in the line '{arg_line.strip()}' of an @FILE")
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser without abbreviations, so that a mistyped flag is an error."""
-    return argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    """A parser without abbreviations, so that a mistyped flag is an error; "@FILE" stands for the arguments in FILE."""
+    return _Parser(
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
+        epilog='"@FILE" stands for the arguments in FILE; those after it on the command line win.',
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +74,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
     )
     group.add_argument(
-        "--clip_weights", type=Path, help="CLIP's weight file; else ckpt/ and model/ are searched, then downloaded"
+        "--clip_weights",
+        type=Path,
+        help=f"CLIP's weight file; else {', '.join(WEIGHT_FOLDERS)} are searched, then it is downloaded",
     )
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device PyTorch computes on"
@@ -116,6 +139,15 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) 
     group.add_argument("--text_lr", type=positive, default=1e-5, help="learning rate of Stage 1")
     group.add_argument(
         "--image_lr", type=positive, default=5e-4, help="learning rate of Stage 2, halved at steps 16000 and 32000"
+    )
+    group.add_argument(
+        "--lr_schedule",
+        choices=LR_SCHEDULES,
+        default="steps",
+        help="steps: these halvings, as published; cosine: to zero at the end of each stage",
+    )
+    group.add_argument(
+        "--warmup_steps", type=at_least(0), default=0, help="steps of each stage over which learning rates rise"
     )
     group.add_argument("--text_norm_weight", type=finite, default=0.1, help="weight of Stage 1's orthogonal term")
     group.add_argument(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
 from model.backbone import REPOSITORY, Backbone, check_state
-from utils.plan import Run
+from utils.plan import ADDED_SETTINGS, Run
 
 TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
 
@@ -263,8 +263,8 @@ def open_run(run: Run) -> dict | None:
         )
     differences = [
         f"  {name}: {old.get(name)} before, {new.get(name)} now"
-        for part in ("model", "training")
-        for old, new in [(state["config"][part], header["config"][part])]
+        for part, added in (("model", {}), ("training", ADDED_SETTINGS))
+        for old, new in [(added | state["config"][part], header["config"][part])]
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]

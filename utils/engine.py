@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.images import AnomalyDataset, SeededSampler, check_files, loader_message, make_loader
-from dataset.records import Record, few_shot, hold_out, open_dataset, write_records
+from dataset.records import Record, few_shot, hold_out, write_records
+from dataset.sets import open_dataset
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
 from model.adapter_cross_attention import MODULES, STAGES, CrossAttentionCLIP
 from utils import checkpoints
 from utils.logs import CsvLog, log_to_file, progress
-from utils.plan import Position, Run, Settings, Stage, shot_file, vv_start
+from utils.plan import Position, Run, Settings, Stage, learning_rate_factor, shot_file, vv_start
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class TrainingStoppedError(TrainingError):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.records.DataSet`."""
+    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.sets.DataSet`."""
 
     folder: Path
     domain: str
@@ -202,7 +203,7 @@ class Trainer:
         dataset = AnomalyDataset(self.data.folder, self.data.train, model.backbone.img_size, name)
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
         loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
-        steps = math.ceil(len(dataset) / stage.batch_size)
+        steps = self._steps_per_epoch(stage)
         title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
         done = self.position.epoch * steps + self.position.step
         with progress(total=stage.epochs * steps, initial=done, desc=title, unit="step") as bar:
@@ -318,11 +319,21 @@ class Trainer:
         return optimizer
 
     def _set_learning_rates(self, optimizer: torch.optim.Adam, stage: Stage, step: int) -> dict[str, float]:
-        passed = sum(step >= milestone for milestone in MILESTONES) if stage.name == "image" else 0
-        rates = [rate * 0.5**passed for rate in (stage.lr, stage.cross_attn_lr)]
+        settings = self.settings
+        factor = learning_rate_factor(
+            settings.lr_schedule,
+            step,
+            stage.epochs * self._steps_per_epoch(stage),
+            settings.warmup_steps,
+            MILESTONES if stage.name == "image" else (),
+        )
+        rates = [rate * factor for rate in (stage.lr, stage.cross_attn_lr)]
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
         return dict(zip(("lr", "lr_cross_attn"), rates[: len(optimizer.param_groups)], strict=False))
+
+    def _steps_per_epoch(self, stage: Stage) -> int:
+        return math.ceil(len(self.data.train) / stage.batch_size)
 
     def _check_finite(self, row: dict[str, float], batch: dict) -> None:
         for name, value in row.items():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 # Loggers of this program: its scripts and packages.
-PROGRAM = ("train", "train_cross_attention", "test", "model", "dataset", "utils")
+PROGRAM = ("pretrain_demo", "train", "train_cross_attention", "test", "model", "dataset", "utils")
 
 
 class _TqdmHandler(logging.Handler):

@@ -1,5 +1,6 @@
 """What a run will do: its settings, the stages that follow from them, and the plan in words."""
 
+import math
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from torch import nn
 
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, empty_backbone
+
+LR_SCHEDULES = ("steps", "cosine")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Settings:
     text_cross_attn_lr: float | None
     image_cross_attn_lr: float | None
     lr_decay: float
+    lr_schedule: str
+    warmup_steps: int
     text_norm_weight: float
     stage1_levels: str
     feedback: str
@@ -36,6 +41,10 @@ class Settings:
     surgery_until_layer: int | None
     optimizer_state: str
     precision: str
+
+
+# Settings that older runs do not name, and what they trained with.
+ADDED_SETTINGS = {"lr_schedule": "steps", "warmup_steps": 0}
 
 
 def stage_title(name: str) -> str:
@@ -119,6 +128,20 @@ def plan_stages(settings: Settings, loops: range) -> list[Stage]:
                 )
             )
     return stages
+
+
+def learning_rate_factor(
+    schedule: str, step: int, steps: int, warmup_steps: int, milestones: tuple[int, ...] = ()
+) -> float:
+    """What a learning rate is multiplied by at `step` of `steps`: warm-up, linear over `warmup_steps`, x schedule.
+
+    "steps" halves at every milestone passed, as published; "cosine" goes from 1 at the first step to 0 at the end
+    (https://arxiv.org/abs/1608.03983, without restarts).
+    """
+    warm_up = min(1.0, (step + 1) / (warmup_steps + 1))
+    if schedule == "cosine":
+        return warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return warm_up * 0.5 ** sum(step >= milestone for milestone in milestones)
 
 
 def shot_file(settings: Settings) -> str:

@@ -1,0 +1,171 @@
+"""Which part of the extension does what: every variant against its base and against the longer base, over seeds.
+
+    python -m benchmarks.variants --name demo --recipe ckpt/demo/base.args ckpt/demo/feedback.args --dataset demo_test
+
+Trains, per seed, a base and every variant on it (ckpt/<name>_<seed>/<variant>), tests them on the same images, and
+writes results/<name>.csv (every run) and results/<name>.md (mean and standard deviation over seeds, with the command).
+What is trained already is not trained again: the same command goes on where it stopped. Results hold what the command
+names, so to extend them, name all seeds.
+"""
+
+import argparse
+import csv
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataset.sets import canonical_name
+from model.backbone import REPOSITORY
+from utils import arguments
+from utils.cli import run_script
+from utils.engine import TrainingError
+from utils.logs import progress
+from utils.metrics import METRICS
+
+NO_MODULES = ["--no_text_cross_attn", "--no_image_cross_attn"]
+CONTROL = "longer base"
+# {variant: (arguments beside the recipe's, loops to test)}
+VARIANTS = {
+    CONTROL: (["--feedback", "off", *NO_MODULES], (1, 3)),
+    "text cross-attention": (["--no_image_cross_attn"], (1,)),
+    "image cross-attention": (["--no_text_cross_attn"], (1,)),
+    "both, adapted": ([], (1, 3)),
+    "both, projectors": (["--feedback", "projectors"], (3,)),
+    "both, no feedback": (["--feedback", "off"], (3,)),
+    "no modules, adapted": (NO_MODULES, (3,)),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = arguments.make_parser(__doc__)
+    parser.add_argument("--name", required=True, help="of the comparison: its runs and its results are called so")
+    parser.add_argument(
+        "--recipe", type=Path, nargs=2, required=True, help="@FILEs for train.py and train_cross_attention.py"
+    )
+    parser.add_argument("--dataset", required=True, help="data set to test on")
+    parser.add_argument(
+        "--seeds", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], help="a base and its variants each"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to train")
+    arguments.add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def call(log: Path, script: str, *words: object) -> None:
+    """Run a script of the repository; what it prints goes to `log`. Raises TrainingError where it fails."""
+    command = [sys.executable, str(REPOSITORY / f"{script}.py"), *map(str, words)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise TrainingError(f"Exit code {code}, see {log}: {shlex.join(command)}")
+
+
+def machine(args: argparse.Namespace) -> list[object]:
+    """The arguments about places and machine, handed on to each script."""
+    names = ("data_root", "clip_weights", "device", "num_workers", "precision")
+    given = {name: getattr(args, name) for name in names}
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+
+
+def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
+    """Train and test one seed; a row per model tested."""
+    folder = REPOSITORY / "ckpt" / f"{args.name}_{seed}"
+    base, log = folder / "base", folder / "output.log"
+    common = ["--seed", seed, *machine(args)]
+    call(log, "train", f"@{args.recipe[0]}", *common, "--save_path", base)
+    bar.update()
+    files = {("base", 0): base / "base"}
+    for name in args.variants:
+        options, loops = VARIANTS[name]
+        run = folder / name.replace(",", "").replace(" ", "_")
+        words = ["--resume", base, "--save_path", run, "--loops", max(loops)]
+        call(log, "train_cross_attention", f"@{args.recipe[1]}", *common, *words, *options)
+        bar.update()
+        files |= {(name, loop): run / f"loop_{loop}.pth" for loop in loops}
+    ckpts = [base, *(path for (_, loop), path in files.items() if loop)]
+    call(log, "test", "--ckpt", *ckpts, "--dataset", args.dataset, *machine(args))
+    bar.update()
+    return [
+        {"variant": name, "loop": loop, "seed": seed}
+        | read_average(path.with_name(f"{path.stem}_{canonical_name(args.dataset)}.csv"))
+        for (name, loop), path in files.items()
+    ]
+
+
+def read_average(path: Path) -> dict[str, float]:
+    """The metrics of a data set's average, the last row of a CSV of test.py; NaN where undefined."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: float(rows[-1][name] or "nan") for name in METRICS}
+
+
+def spread(values: list[float], signed: bool) -> str:
+    """Mean ± standard deviation, in percent."""
+    mean = f"{100 * statistics.mean(values):{'+' if signed else ''}.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def table(rows: list[dict], less: Callable[[dict], dict | None] = lambda row: None) -> str:
+    """Markdown: mean ± standard deviation over seeds of each metric, or of its difference from the row `less` names.
+
+    Rows for which `less` names none of their seed are left out of a table of differences.
+    """
+    signed = any(less(row) for row in rows)
+    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for row in rows:
+        other = less(row)
+        if signed and other is None:
+            continue
+        values = {name: row[name] - (other[name] if other else 0) for name in METRICS}
+        groups.setdefault((row["variant"], row["loop"]), []).append(values)
+    lines = ["| | loop | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |"]
+    lines.append("|---" * (2 + len(METRICS)) + "|")
+    for (variant, loop), runs in groups.items():
+        cells = (spread([values[name] for values in runs], signed) for name in METRICS)
+        lines.append(f"| {variant} | {loop} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(rows: list[dict], head: str) -> str:
+    """The three tables as Markdown: results, less the seed's base, less the longer base of the seed and loop."""
+    known = {(row["variant"], row["loop"], row["seed"]): row for row in rows}
+
+    def base_of(row: dict) -> dict | None:
+        return known["base", 0, row["seed"]] if row["loop"] else None
+
+    def control_of(row: dict) -> dict | None:
+        return known.get((CONTROL, row["loop"], row["seed"])) if row["variant"] != CONTROL else None
+
+    parts = [head, "Results", table(rows), "Less the base of the same seed", table(rows, base_of)]
+    if any(control_of(row) for row in rows):
+        parts += [f"Less the {CONTROL} of the same seed and loop", table(rows, control_of)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows = []
+    with progress(total=len(args.seeds) * (2 + len(args.variants)), desc=args.name, unit="run") as bar:
+        for seed in args.seeds:
+            rows += run_seed(args, seed, bar)
+    folder = REPOSITORY / "results"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{args.name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    seeds = ", ".join(map(str, args.seeds))
+    head = f"Tested on {args.dataset}, seeds {seeds}; in percent, mean ± standard deviation over the seeds.\n\n"
+    text = report(rows, f"{head}    {shlex.join(['python', '-m', 'benchmarks.variants', *sys.argv[1:]])}")
+    (folder / f"{args.name}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_script(main)

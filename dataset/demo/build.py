@@ -1,0 +1,60 @@
+"""The data sets demo_train and demo_test on disk: 12 rendered categories each, in AA-CLIP's format."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from dataset.constants import DATA_SETS
+from dataset.demo.products import PRODUCTS
+from dataset.demo.render import Rendered, render
+from dataset.records import Record, write_records
+
+logger = logging.getLogger(__name__)
+
+DEMO_SETS = ("demo_train", "demo_test")
+IMAGES_PER_CLASS = 100
+# Data sets and pre-training draw from seeds of different ranges.
+SET_SEED = 2_000_000
+
+
+def build(name: str, data_root: Path) -> Path:
+    """Render the data set `name` (one of `DEMO_SETS`) into `data_root` and return its folder, laid out as MVTec.
+
+    100 images per category, every other one damaged.
+    """
+    logger.info("Rendering %s into %s.", name, data_root)
+    data_root.mkdir(parents=True, exist_ok=True)
+    jobs = [(category, index) for category in DATA_SETS[name].classes for index in range(IMAGES_PER_CLASS)]
+    # Renamed when it is whole, so that an interrupted build leaves no half data set behind.
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=data_root) as temporary:
+        folder = Path(temporary) / name
+        records = []
+        for category, index in tqdm(jobs, desc=name, unit="image", leave=False, disable=None):
+            seed = (SET_SEED, list(PRODUCTS).index(category), index)
+            records.append(_write(folder, category, index, render(category, index % 2 == 1, seed)))
+        write_records(folder / "full-shot.jsonl", records)
+        try:
+            return folder.rename(data_root / name)
+        except OSError:
+            if not (data_root / name / "full-shot.jsonl").is_file():  # else another process was faster
+                raise
+            return data_root / name
+
+
+def _write(folder: Path, category: str, index: int, rendered: Rendered) -> Record:
+    """Write one image and its mask into a tree like MVTec's."""
+    kind = (rendered.defect or "good").replace(" ", "_")
+    image_path = f"{category}/test/{kind}/{index:03}.png"
+    files = {image_path: rendered.image}
+    mask_path = None
+    if rendered.defect:
+        mask_path = f"{category}/ground_truth/{kind}/{index:03}_mask.png"
+        files[mask_path] = rendered.mask
+    for path, pixels in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        # Not cv2.imwrite, which fails silently, and on paths that are not ASCII under Windows.
+        Image.fromarray(pixels).save(folder / path)
+    return Record(image_path, int(rendered.defect is not None), category, mask_path)
