@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torchvision.transforms.v2.functional import normalize
 
 from dataset.constants import class_prompts
 from dataset.demo.captions import (
@@ -142,8 +143,7 @@ def render_pool(count: int, seed: int) -> Pool:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 or float pixels in 0..255 [B, 3, S, S] -> CLIP's normalised pixels."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    return (images.float() / 255 - mean) / std
+    return normalize(images.float() / 255, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
 def crop(pool: Pool, rows: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
