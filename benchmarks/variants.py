@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         "--recipe", type=Path, nargs=2, required=True, help="@FILEs for train.py and train_cross_attention.py"
     )
     parser.add_argument("--dataset", required=True, help="data set to test on")
+    parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's")
     parser.add_argument(
         "--seeds", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], help="a base and its variants each"
     )
@@ -78,6 +79,8 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
     folder = REPOSITORY / "ckpt" / f"{args.name}_{seed}"
     base, log = folder / "base", folder / "output.log"
     common = ["--seed", seed, *machine(args)]
+    if args.train_dataset:
+        common += ["--dataset", args.train_dataset]
     call(log, "train", f"@{args.recipe[0]}", *common, "--save_path", base)
     bar.update()
     files = {("base", 0): base / "base"}
@@ -161,7 +164,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     seeds = ", ".join(map(str, args.seeds))
-    head = f"Tested on {args.dataset}, seeds {seeds}; in percent, mean ± standard deviation over the seeds.\n\n"
+    trained = f"Trained on {args.train_dataset}, tested" if args.train_dataset else "Tested"
+    head = f"{trained} on {args.dataset}, seeds {seeds}; in percent, mean ± standard deviation over the seeds.\n\n"
     text = report(rows, f"{head}    {shlex.join(['python', '-m', 'benchmarks.variants', *sys.argv[1:]])}")
     (folder / f"{args.name}.md").write_text(text, encoding="utf-8")
     print(text)

@@ -46,10 +46,11 @@ def test_a_seed_trains_the_base_and_every_variant_and_tests_all_at_once(monkeypa
     monkeypatch.setattr(variants, "call", call)
     chosen = [variants.CONTROL, "both, adapted"]
     args = Namespace(name="x", recipe=["a.args", "b.args"], dataset="mvtec_ad", variants=chosen, data_root="d")
-    vars(args).update(clip_weights=None, device="cpu", num_workers=None, precision="fp32")
+    vars(args).update(train_dataset="parts", clip_weights=None, device="cpu", num_workers=None, precision="fp32")
     rows = variants.run_seed(args, 7, Namespace(update=lambda: None))
     assert [script for script, _ in calls] == ["train", "train_cross_attention", "train_cross_attention", "test"]
     assert all(words[1:3] == ["--seed", "7"] for script, words in calls if script != "test")
+    assert [words[words.index("--dataset") + 1] for _, words in calls] == ["parts"] * 3 + ["mvtec_ad"]
     assert "--feedback off" in " ".join(calls[1][1]) and "--loops 3" in " ".join(calls[1][1])
     expected = [("base", 0), *((name, loop) for name in chosen for loop in (1, 3))]
     assert [(found["variant"], found["loop"]) for found in rows] == expected
