@@ -44,7 +44,7 @@ from dataset.demo.captions import (
     truth,
 )
 from dataset.demo.render import render
-from dataset.images import ignore_interrupt
+from dataset.loading import ignore_interrupt
 from forward_utils_cross_attention import make_anchors
 from model.backbone import Backbone, clip_config, load_backbone, run_blocks
 from utils import arguments, checkpoints

@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.constants import BLUR
-from dataset.images import AnomalyDataset, make_loader
+from dataset.loading import AnomalyDataset, make_loader
 from dataset.sets import DataSet, canonical_name, open_dataset
+from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
 from model.adapter_cross_attention import CrossAttentionCLIP
 from model.backbone import load_backbone
@@ -57,9 +57,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--ckpt", type=Path, nargs="+", required=True, help="loop files, run folders or base models")
     parser.add_argument(
-        "--dataset", nargs="+", default=["MVTec"], help="data sets: known names or folders under --data_root"
+        "--dataset",
+        nargs="+",
+        default=["MVTec"],
+        help="data sets: known names, folders under --data_root, or paths of folders and .jsonl files",
     )
-    parser.add_argument("--domain", choices=tuple(BLUR), help="of data sets that are not known; without it industrial")
+    arguments.add_own_data_arguments(parser)
     parser.add_argument(
         "--batch_size", type=arguments.at_least(1), default=8, help="images per forward; results do not depend on it"
     )
@@ -142,7 +145,7 @@ def evaluate(tested: list[Tested], data: DataSet, bank: PromptBank, args: argpar
     records = [record for class_name in data.descriptions for record in data.of_class(class_name)]
     left = Counter(record.class_name for record in records)
     scores: dict[str, list[ClassScores]] = {}  # of the classes in hand: at most those of one batch
-    images = AnomalyDataset(data.folder, records, backbone.img_size)
+    images = AnomalyDataset(data.folder, records, Transform(backbone.img_size))
     sheets = ContactSheets([each.name for each in tested], args.pictures)
     with progress(total=len(records), desc=data.name, unit="image") as bar:
         for batch in make_loader(images, args.batch_size, arguments.workers_of(args)):
@@ -233,7 +236,7 @@ def write_csv(each: Tested, data: DataSet, precision: str) -> Path:
 
 def main() -> None:
     args = parse_arguments()
-    data_sets = [open_dataset(name, args.data_root, args.domain) for name in args.dataset]
+    data_sets = [open_dataset(name, args.data_root, args.domain, args.class_name) for name in args.dataset]
     tested = load_models(args)
     backbone = tested[0].model.backbone
     for data in data_sets:

@@ -4,7 +4,7 @@ States, templates and the names of the classes are AA-CLIP's (https://github.com
 spellings included, because base checkpoints were trained with them. A new data set is one more entry of `DATA_SETS`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NORMAL_STATES = ("{}", "a {}", "the {}")
 ABNORMAL_STATES = ("a damaged {}", "a broken {}", "a {} with flaw", "a {} with defect", "a {} with damage")
@@ -19,35 +19,44 @@ BLUR = {"industrial": (7, 1.0), "medical": (9, 1.5)}
 class DataSetInfo:
     """`folders`: accepted names under the data root, besides the data set's own.
 
-    `classes`: {class: its name in the prompts}, in the published order.
+    `classes`: {class: its name in the prompts}, in the published order. `layout`: how the official download lies on
+    disk, a name of `dataset.layouts.LAYOUTS`. `counts`: {class: (normal, anomalous) images} of AA-CLIP's split of it.
     """
 
     domain: str
     folders: tuple[str, ...]
     classes: dict[str, str]
+    layout: str | None = None
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 DATA_SETS = {
     "Brain": DataSetInfo(
         domain="medical",
-        folders=("MedAD/Brain_AD",),
+        folders=("MedAD/Brain_AD", "Brain_AD"),
         classes={
             "Brain": "scan",
         },
+        layout="good_ungood",
+        counts={"Brain": (640, 3075)},
     ),
     "Liver": DataSetInfo(
         domain="medical",
-        folders=("MedAD/Liver_AD",),
+        folders=("MedAD/Liver_AD", "Liver_AD"),
         classes={
             "Liver": "scan",
         },
+        layout="good_ungood",
+        counts={"Liver": (833, 660)},
     ),
     "Retina": DataSetInfo(
         domain="medical",
-        folders=("MedAD/Retina_RESC_AD",),
+        folders=("MedAD/Retina_RESC_AD", "Retina_RESC_AD"),
         classes={
             "Retina": "scan",
         },
+        layout="good_ungood",
+        counts={"Retina": (1041, 764)},
     ),
     "Colon_clinicDB": DataSetInfo(
         domain="medical",
@@ -55,6 +64,8 @@ DATA_SETS = {
         classes={
             "Colon_clinicDB": "colon endoscopy image",
         },
+        layout="images_masks",
+        counts={"Colon_clinicDB": (0, 612)},
     ),
     "Colon_colonDB": DataSetInfo(
         domain="medical",
@@ -62,6 +73,8 @@ DATA_SETS = {
         classes={
             "Colon_colonDB": "colon endoscopy image",
         },
+        layout="images_masks",
+        counts={"Colon_colonDB": (0, 380)},
     ),
     "Colon_Kvasir": DataSetInfo(
         domain="medical",
@@ -69,6 +82,8 @@ DATA_SETS = {
         classes={
             "Kvasir": "colon endoscopy image",
         },
+        layout="images_masks",
+        counts={"Kvasir": (0, 1000)},
     ),
     "Colon_cvc300": DataSetInfo(
         domain="medical",
@@ -76,10 +91,12 @@ DATA_SETS = {
         classes={
             "CVC-300": "colon endoscopy image",
         },
+        layout="images_masks",
+        counts={"CVC-300": (0, 60)},
     ),
     "MVTec": DataSetInfo(
         domain="industrial",
-        folders=("mvtec_ad",),
+        folders=("mvtec_ad", "mvtec_anomaly_detection"),
         classes={
             "bottle": "dark bottle",
             "cable": "top view of three cables",
@@ -96,6 +113,24 @@ DATA_SETS = {
             "toothbrush": "toothbrush head",
             "wood": "wood surface",
             "zipper": "a black zipper",
+        },
+        layout="mvtec",
+        counts={
+            "bottle": (20, 63),
+            "cable": (58, 92),
+            "capsule": (23, 109),
+            "carpet": (28, 89),
+            "grid": (21, 57),
+            "hazelnut": (40, 70),
+            "leather": (32, 92),
+            "metal_nut": (22, 93),
+            "pill": (26, 141),
+            "screw": (41, 119),
+            "tile": (33, 84),
+            "transistor": (60, 40),
+            "toothbrush": (12, 30),
+            "wood": (19, 60),
+            "zipper": (32, 119),
         },
     ),
     "VisA": DataSetInfo(
@@ -115,6 +150,21 @@ DATA_SETS = {
             "fryum": "wheel-shaped fryum snack",
             "pcb1": "dual ultrasonic distance sensor pcb module",
         },
+        layout="visa",
+        counts={
+            "candle": (100, 100),
+            "pcb3": (101, 100),
+            "capsules": (60, 100),
+            "pipe_fryum": (50, 100),
+            "pcb4": (101, 100),
+            "macaroni2": (100, 100),
+            "pcb2": (100, 100),
+            "chewinggum": (50, 100),
+            "macaroni1": (100, 100),
+            "cashew": (50, 100),
+            "fryum": (50, 100),
+            "pcb1": (100, 100),
+        },
     ),
     "MPDD": DataSetInfo(
         domain="industrial",
@@ -127,6 +177,15 @@ DATA_SETS = {
             "bracket_brown": "brown L-shaped metal bracket with smooth, glossy finish and multiple mounting holes along its arms",
             "bracket_black": "black ornamental metal bracket with spiral design attached to a rectangular frame",
         },
+        layout="mvtec",
+        counts={
+            "connector": (30, 14),
+            "tubes": (32, 69),
+            "metal_plate": (26, 71),
+            "bracket_white": (30, 30),
+            "bracket_brown": (26, 51),
+            "bracket_black": (32, 47),
+        },
     ),
     "BTAD": DataSetInfo(
         domain="industrial",
@@ -136,6 +195,8 @@ DATA_SETS = {
             "02": "vertical fabric lines in warm, dusty pink and beige tones",
             "03": "oval concentric circular rings in gradient shades of blue and white",
         },
+        layout="mvtec",
+        counts={"01": (21, 49), "02": (30, 200), "03": (400, 41)},
     ),
     "demo_train": DataSetInfo(
         domain="industrial",
@@ -177,11 +238,15 @@ DATA_SETS = {
         domain="industrial",
         folders=(),
         classes={"magnetic_tile": "magnetic tile surface"},
+        layout="mvtec",
+        counts={"magnetic_tile": (400, 388)},
     ),
     "bsdata": DataSetInfo(
         domain="industrial",
         folders=(),
         classes={"ball_screw": "metal ball screw drive"},
+        layout="mvtec",
+        counts={"ball_screw": (145, 145)},
     ),
 }
 

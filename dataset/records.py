@@ -5,8 +5,9 @@ A line is {"image_path", "label", "class_name", "mask_path"}, with paths relativ
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
@@ -21,9 +22,25 @@ class Record:
     mask_path: str | None = None
 
 
-def read_records(metadata: Path, folder: Path) -> list[Record]:
-    """Read and check a JSON lines file; every image and mask it names must exist inside `folder`."""
-    records = []
+def read_records(metadata: Path) -> list[Record]:
+    """Read a JSON lines file. Raises ValueError that names the line at fault; files are not looked for."""
+    # Some published lists give normal images a mask path that does not exist; it would not be read.
+    records = [
+        Record(
+            entry["image_path"],
+            int(entry["label"]),
+            entry["class_name"],
+            entry["mask_path"] if entry["label"] else None,
+        )
+        for entry in read_entries(metadata)
+    ]
+    if not records:
+        raise ValueError(f"{metadata}: no records; expected one JSON object a line.")
+    return records
+
+
+def read_entries(metadata: Path) -> Iterator[dict]:
+    """The lines of a JSON lines file, checked; `mask_path` is None where there is none."""
     with open(metadata, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{metadata}, line {number}"
@@ -32,14 +49,10 @@ def read_records(metadata: Path, folder: Path) -> list[Record]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 ({error}).") from error
             if text:
-                records.append(_parse(text, where))
-                _check_files(records[-1], folder, where)
-    if not records:
-        raise ValueError(f"{metadata}: no records; expected one JSON object a line.")
-    return records
+                yield _parse(text, where)
 
 
-def _parse(line: str, where: str) -> Record:
+def _parse(line: str, where: str) -> dict:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -50,29 +63,41 @@ def _parse(line: str, where: str) -> Record:
         raise ValueError(f"{where}: expected an object with {', '.join(required)}; {missing[0]} is missing.")
     if entry["label"] not in (0, 1):
         raise ValueError(f"{where}: label is {entry['label']!r}, expected 0 (normal) or 1 (anomalous).")
-    label = int(entry["label"])
+    entry["mask_path"] = entry.get("mask_path") or None
     for key in ("image_path", "class_name", "mask_path"):
-        if not isinstance(entry.get(key) or "", str):
+        if not isinstance(entry[key] or "", str):
             raise ValueError(f"{where}: {key} is {entry[key]!r}, expected a text.")
-    # Some published lists give normal images a mask path that does not exist; it would not be read.
-    mask_path = (entry.get("mask_path") or None) if label else None
-    return Record(entry["image_path"], label, entry["class_name"], mask_path)
+        if key != "class_name" and entry[key] and leaves_folder(entry[key]):
+            raise ValueError(f"{where}: {key} '{entry[key]}' lies outside the data set's folder.")
+    return entry
 
 
-def _check_files(record: Record, folder: Path, where: str) -> None:
-    for kind, relative in (("image", record.image_path), ("mask", record.mask_path)):
-        if relative is None:
-            continue
-        if os.path.isabs(relative) or os.path.normpath(relative).startswith(".."):
-            raise ValueError(f"{where}: the {kind} '{relative}' lies outside the data set's folder.")
-        if not os.path.isfile(folder / relative):
-            raise FileNotFoundError(f"{where}: the {kind} '{folder / relative}' does not exist.")
+def leaves_folder(relative: str) -> bool:
+    """Whether a path, on this system or on Windows, is not inside the folder that it should be relative to."""
+    path = PureWindowsPath(relative)  # knows both separators
+    return bool(path.anchor) or os.path.normpath(path.as_posix()).split(os.sep)[0] == ".."
+
+
+def check_paths(records: list[Record], folder: Path) -> None:
+    """Raise FileNotFoundError where an image or a mask is not there, with the first and the number of them."""
+    missing = [
+        path
+        for record in records
+        for path in (record.image_path, record.mask_path)
+        if path and not os.path.isfile(os.path.join(folder, path))
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'."
+        )
 
 
 def write_records(path: Path, records: list[Record]) -> None:
-    """Write `records` as JSON lines."""
+    """Write `records` as JSON lines: all of them, or nothing."""
     lines = (json.dumps({k: v for k, v in asdict(record).items() if v is not None}) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
 
 
 def few_shot(records: list[Record], shot: int, seed: int) -> list[Record]:

@@ -1,17 +1,28 @@
-"""Data sets on disk: found by name under the data root or by path; the demo's are rendered on first use."""
+"""Data sets on disk: found by name under the data root or by path, from their metadata or from their folders."""
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.constants import BLUR, DATA_SETS, describe_class
 from dataset.demo.build import DEMO_SETS, build
-from dataset.records import Record, read_records
+from dataset.layouts import LAYOUTS, own_records
+from dataset.records import Record, check_paths, few_shot, read_records, write_records
 
 logger = logging.getLogger(__name__)
 
 METADATA = Path(__file__).parent / "metadata"
+FULL = "full-shot.jsonl"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a data set lies. `metadata` is None where there is no list of it: its folder tells."""
+
+    name: str
+    folder: Path
+    metadata: Path | None
 
 
 @dataclass(frozen=True)
@@ -40,59 +51,149 @@ def _is_path(name: str) -> bool:
     return "/" in name or os.sep in name
 
 
-def open_dataset(name: str, data_root: str | Path, domain: str | None = None) -> DataSet:
+def open_dataset(name: str, data_root: str | Path, domain: str | None = None, class_name: str | None = None) -> DataSet:
     """Find a data set and read its records.
 
     `name`: a known name or a folder under `data_root`; with a path separator, a folder or JSON lines file by its path.
-    `domain` ("industrial" or "medical") is for data sets that are not known; those have their own.
-    Raises FileNotFoundError where the folder, its metadata or a file is missing, ValueError for a broken line.
+    `domain` ("industrial" or "medical") and `class_name` (of all its images) are for data sets that are not known;
+    those have their own. Metadata that a known one lacks is built from its official layout and kept.
+    Raises FileNotFoundError where the folder or a file is missing, ValueError for what is wrong in it.
     """
-    folder, metadata = _locate(Path(name)) if _is_path(name) else _find(name, Path(data_root))
-    name = canonical_name(name)
-    info = DATA_SETS.get(name)
+    place = find_dataset(name, data_root)
+    info = DATA_SETS.get(place.name)
     if info and domain and domain != info.domain:
-        raise ValueError(f"--domain {domain}: {name} is {info.domain}.")
-    records = read_records(metadata, folder)
+        raise ValueError(f"--domain {domain}: {place.name} is {info.domain}.")
+    if info and class_name:
+        raise ValueError(f"--class_name {class_name}: {place.name} has its own names; the flag is for other data sets.")
+    records = named(read_place(place), class_name)
+    check_paths(records, place.folder)
     classes = list(dict.fromkeys(record.class_name for record in records))
     if info:  # known classes in the published order, others after them
         classes.sort(key=lambda c: list(info.classes).index(c) if c in info.classes else len(info.classes))
-    described = {class_name: describe_class(name, class_name) for class_name in classes}
-    descriptions = {class_name: description for class_name, (description, _) in described.items()}
+    described = {each: describe_class(place.name, each) for each in classes}
     plain = [description for description, known in described.values() if not known]
-    if plain:
-        logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", name, "', '".join(plain))
-    return DataSet(name, folder, info.domain if info else domain or next(iter(BLUR)), records, descriptions)
+    if plain and not class_name:
+        logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", place.name, "', '".join(plain))
+    descriptions = {each: description for each, (description, _) in described.items()}
+    return DataSet(place.name, place.folder, info.domain if info else domain or next(iter(BLUR)), records, descriptions)
 
 
-def _locate(path: Path) -> tuple[Path, Path]:
-    """Folder and metadata file of a data set given by its path."""
-    metadata = path / "full-shot.jsonl" if path.is_dir() else path
-    if not metadata.is_file():
-        raise FileNotFoundError(f"{metadata}: no such file; expected JSON lines, or a folder with a full-shot.jsonl.")
-    return metadata.parent, metadata
+def find_dataset(name: str, data_root: str | Path) -> Place:
+    """Where a data set lies; those of the demo are rendered on first use. Raises FileNotFoundError where it is not."""
+    known = canonical_name(name)
+    if not _is_path(name):
+        folder = _find_folder(known, Path(data_root))
+    elif Path(name).is_file():
+        return Place(known, Path(name).parent, Path(name))
+    else:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--dataset {name}: no such folder or file.")
+    candidates = (folder / FULL, METADATA / known / FULL)
+    return Place(known, folder, next((path for path in candidates if path.is_file()), None))
 
 
-def _find(name: str, root: Path) -> tuple[Path, Path]:
-    """Folder and metadata file of a data set under the data root."""
+def _find_folder(name: str, root: Path) -> Path:
+    """Folder of a data set under the data root; one with metadata goes before one without."""
     info = DATA_SETS.get(name)
     folders = [name, *(info.folders if info else ())]
     present = [root / candidate for candidate in folders if (root / candidate).is_dir()]
-    folder = next((path for path in present if (path / "full-shot.jsonl").is_file()), present[0] if present else None)
-    if folder is None and name in DEMO_SETS:
-        folder = build(name, root)
-    if folder is None:
-        tree = "\n".join(f"    {root / candidate}/full-shot.jsonl" for candidate in folders)
-        others = sorted(path.parent.name for path in root.glob("*/full-shot.jsonl")) if root.is_dir() else []
-        what = f"'{root}' has no folder of it" if root.is_dir() else f"'{root}' does not exist"
+    if present:
+        return next((path for path in present if (path / FULL).is_file()), present[0])
+    if name in DEMO_SETS:
+        return build(name, root)
+    tree = "\n".join(f"    {root / candidate}" for candidate in folders)
+    others = sorted(path.parent.name for path in root.glob(f"*/{FULL}")) if root.is_dir() else []
+    what = f"'{root}' has no folder of it" if root.is_dir() else f"'{root}' does not exist"
+    raise FileNotFoundError(
+        f"Data set {name}: {what}. Expected one of\n{tree}\n    with the images and masks in it "
+        f"(dataset/README.md shows the trees).\nData sets there: {', '.join(others) or 'none'}. "
+        "Give the right place with --data_root DIR."
+    )
+
+
+def read_place(place: Place) -> list[Record]:
+    """The records of a data set, from its metadata, else from its folders; a known one's are written down then."""
+    if place.metadata:
+        return read_records(place.metadata)
+    if place.name not in DATA_SETS:
+        return own_records(place.folder)
+    records = build_records(place)
+    path = write_metadata(place, records)
+    logger.info("%s: wrote %s, %d images of the folders' layout.", place.name, path, len(records))
+    for line in count_differences(place.name, records):
+        logger.warning("%s: %s", place.name, line)
+    return records
+
+
+def build_records(place: Place) -> list[Record]:
+    """Records of a known data set from its official layout. Raises FileNotFoundError where nothing of it is there."""
+    info = DATA_SETS[place.name]
+    records = list(LAYOUTS[info.layout](place.folder, list(info.classes))) if info.layout else []
+    if not records:
         raise FileNotFoundError(
-            f"Data set {name}: {what}. Expected one of\n{tree}\n    with the images and masks beside it.\n"
-            f"Data sets there: {', '.join(others) or 'none'}. Give the right place with --data_root DIR."
+            f"Data set {place.name}: found {place.folder}, but neither {FULL} nor images in the official layout "
+            "(dataset/README.md shows it)."
         )
-    candidates = [folder / "full-shot.jsonl", METADATA / name / "full-shot.jsonl"]
-    metadata = next((path for path in candidates if path.is_file()), None)
-    if metadata is None:
-        raise FileNotFoundError(
-            f"Data set {name}: found {folder}, but no metadata. Expected {candidates[0]} or {candidates[1]}: "
-            'one JSON object a line, {"image_path", "label", "class_name", "mask_path"}.'
+    check_paths(records, place.folder)
+    return records
+
+
+def count_images(records: list[Record]) -> dict[str, tuple[int, int]]:
+    """{class: (normal, anomalous) images}."""
+    counts: dict[str, list[int]] = {}
+    for record in records:
+        counts.setdefault(record.class_name, [0, 0])[record.label] += 1
+    return {class_name: (normal, anomalous) for class_name, (normal, anomalous) in counts.items()}
+
+
+def count_differences(name: str, records: list[Record]) -> list[str]:
+    """A sentence for each class of a known data set whose number of images is not the published one."""
+    found = count_images(records)
+    return [
+        "{}: {} normal and {} anomalous images, published are {} and {}".format(
+            class_name, *found.get(class_name, (0, 0)), *expected
         )
-    return folder, metadata
+        for class_name, expected in DATA_SETS[name].counts.items()
+        if found.get(class_name, (0, 0)) != expected
+    ]
+
+
+def write_metadata(place: Place, records: list[Record]) -> Path:
+    """Write the full list of a known data set into its folder, or into dataset/metadata where that is read-only."""
+    path = place.folder / FULL
+    try:
+        write_records(path, records)
+    except OSError as error:
+        logger.info("%s cannot be written (%s).", path, error.strerror)
+        path = METADATA / place.name / FULL
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_records(path, records)
+    return path
+
+
+def draw_few_shot(data: DataSet, shot: int, seed: int, class_name: str | None = None) -> list[Record]:
+    """The images of --shot: those of a list called <shot>-shot.jsonl where full-shot.jsonl lies, else drawn by `seed`.
+
+    `class_name` as in `open_dataset`.
+    """
+    for folder in (data.folder, METADATA / data.name):
+        path = folder / f"{shot}-shot.jsonl"
+        if path.is_file():
+            records = named(read_records(path), class_name)
+            check_paths(records, data.folder)
+            logger.info("%s: the %d images of %s; --seed draws none.", data.name, len(records), path)
+            return records
+    return few_shot(data.records, shot, seed)
+
+
+def named(records: list[Record], class_name: str | None) -> list[Record]:
+    """The records, all called `class_name` where one is given. Raises ValueError where they have several classes."""
+    if class_name is None:
+        return records
+    classes = sorted({record.class_name for record in records})
+    if len(classes) > 1:
+        raise ValueError(
+            f"--class_name {class_name}: names the one class of a data set; this has {', '.join(classes)}."
+        )
+    return [replace(record, class_name=class_name) for record in records]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.images import AnomalyDataset, make_loader
+from dataset.loading import AnomalyDataset, make_loader
 from dataset.sets import open_dataset
+from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, check_grid, predict
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
@@ -121,7 +122,7 @@ def test_contact_sheets(scripts, run, other_root):
 
 def test_contact_sheets_keep_the_first_images_of_each_kind_and_the_models_in_order(data_root):
     data = open_dataset("small", data_root)
-    images = AnomalyDataset(data.folder, data.of_class("candle"), 64)
+    images = AnomalyDataset(data.folder, data.of_class("candle"), Transform(64))
     sheets = plots.ContactSheets(["a", "b"], 2)
     for batch in make_loader(images, 4, 0):
         numbers = torch.arange(len(batch["label"]))
@@ -136,7 +137,7 @@ def test_contact_sheets_keep_the_first_images_of_each_kind_and_the_models_in_ord
 
 def test_pictures_show_the_pixels_that_the_model_saw(data_root):
     data = open_dataset("small", data_root)
-    item = AnomalyDataset(data.folder, data.records, 64)[0]
+    item = AnomalyDataset(data.folder, data.records, Transform(64))[0]
     shown = plots.to_picture(item["image"])
     image = (
         Image.open(data.folder / data.records[0].image_path).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
@@ -181,7 +182,7 @@ def test_what_runs_in_training_runs_at_test(run, data_root):
     backbone = load_backbone("demo")
     data = open_dataset("small", data_root)
     bank = PromptBank(backbone, data.descriptions)
-    item = AnomalyDataset(data.folder, data.records, 64)[0]
+    item = AnomalyDataset(data.folder, data.records, Transform(64))[0]
 
     def maps(**changes) -> torch.Tensor:
         config = ModelConfig(**checkpoint.model | {f"{k}_weight": v for k, v in changes.items()})
@@ -300,4 +301,4 @@ def test_real_data_sets_can_be_read():
             {"mtd": "magnetic tile surface", "bsdata": "metal ball screw drive"}[name]
         ]
         anomalous = next(record for record in data.records if record.label)
-        assert AnomalyDataset(data.folder, [anomalous], 224)[0]["mask"].any()
+        assert AnomalyDataset(data.folder, [anomalous], Transform(224))[0]["mask"].any()

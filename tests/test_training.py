@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dataset.images import AnomalyDataset, SeededSampler, make_loader
+from dataset.loading import AnomalyDataset, SeededSampler, make_loader
+from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, segmentation_terms, stage1_loss
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
 from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors
@@ -28,7 +29,8 @@ HELD_OUT = ["train_cross_attention", *EXTEND, "--loops", "2", "--val_fraction", 
 
 def settings(**changes) -> Settings:
     values = {
-        "dataset": "small", "domain": None, "shot": None, "val_fraction": 0.0, "seed": 3,
+        "dataset": "small", "domain": None, "class_name": None, "shot": None, "val_fraction": 0.0,
+        "augment": "published", "seed": 3,
         "text_epoch": [1], "image_epoch": [1], "text_batch_size": 4, "image_batch_size": 2,
         "text_lr": 1e-3, "image_lr": 5e-4, "text_cross_attn_lr": None, "image_cross_attn_lr": None,
         "lr_decay": 0.5, "lr_schedule": "steps", "warmup_steps": 0,
@@ -45,7 +47,7 @@ def make_trainer(
     model = make_model(backbone, seed=chosen.seed, **config)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(model.config, chosen, plan_stages(chosen, range(1, loops + 1)), folder, [])
-    return kind(model, load_training_data(chosen, data_root), run, on_stage_end)
+    return kind(model, load_training_data(chosen, data_root, 64), run, on_stage_end)
 
 
 def hashes(model) -> dict[str, str]:
@@ -377,8 +379,8 @@ def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, cap
 
 def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
     folder = data_root / "small"
-    records = load_training_data(settings(), data_root).train
-    dataset = AnomalyDataset(folder, records, 64, "image")
+    records = load_training_data(settings(), data_root, 64).train
+    dataset = AnomalyDataset(folder, records, Transform(64, "image"))
 
     def epoch(workers: int, number: int, skip: int = 0) -> torch.Tensor:
         sampler = SeededSampler(len(dataset), key=(5, 1, 1))
@@ -395,7 +397,8 @@ def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
 def test_maskless_images_skip_the_segmentation_loss(backbone, data_root):
     model = make_model(backbone)
     bank = PromptBank(backbone, {"candle": "candle"})
-    dataset = AnomalyDataset(data_root / "small", load_training_data(settings(), data_root).train[:4], 64)
+    records = load_training_data(settings(), data_root, 64).train[:4]
+    dataset = AnomalyDataset(data_root / "small", records, Transform(64))
     batch = next(iter(make_loader(dataset, 4, 0)))
     with torch.no_grad():
         features, anchors = encode(model, batch["image"], ["candle"] * 4, ClassText(model, bank, fixed=True))

@@ -5,7 +5,6 @@ Flags keep AA-CLIP's names.
 
 import argparse
 import math
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,13 +13,14 @@ from textwrap import shorten
 
 import torch
 
+from dataset.commands import add_data_root
 from dataset.constants import BLUR
+from dataset.transforms import AUGMENTATIONS
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import DEFAULT_MODEL, WEIGHT_FOLDERS, clip_config, default_adapters
 from utils.checkpoints import Checkpoint, adapter_kind
 from utils.plan import LR_SCHEDULES, Settings
 
-DATA_ROOT_VARIABLE = "AACLIP_DATA_ROOT"
 # Fields of ModelConfig that a base model leaves open.
 EXTENSION = (
     "text_cross_attn",
@@ -67,12 +67,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Where things are and what computes."""
     group = parser.add_argument_group("places and machine")
-    group.add_argument(
-        "--data_root",
-        type=Path,
-        default=os.environ.get(DATA_ROOT_VARIABLE, "data"),
-        help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
-    )
+    add_data_root(group)
     group.add_argument(
         "--clip_weights",
         type=Path,
@@ -124,11 +119,23 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) 
     """What both trainers have in common."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset", default="VisA", help="data set to train on: a known name or a folder under --data_root"
+        "--dataset",
+        default="VisA",
+        help="data set to train on: a known name, a folder under --data_root, or the path of a folder or .jsonl file",
     )
-    group.add_argument("--domain", choices=tuple(BLUR), help="of a data set that is not known; without it industrial")
+    add_own_data_arguments(group)
     group.add_argument(
-        "--shot", type=_shot, default="full", help="images per class, half normal and half anomalous, or full (0)"
+        "--shot",
+        type=_shot,
+        default="full",
+        help="K for K images per class, half of them normal and half anomalous, drawn by --seed (or those of a list "
+        "K-shot.jsonl beside full-shot.jsonl); full or 0 for all",
+    )
+    group.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        default="published",
+        help="published: moved by nearest neighbours, filled with the mean colour; smooth: bilinear and reflected",
     )
     group.add_argument(
         "--val_fraction", type=_fraction, default=0.0, help="share of each class held out; its losses are logged"
@@ -170,7 +177,21 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) 
     group.add_argument(
         "--seed", type=at_least(0), default=111, help="of new weights, sample order, augmentation and draws"
     )
+    group.add_argument(
+        "--cache_images",
+        action="store_true",
+        help="keep decoded images in memory where they fit in half of what is free",
+    )
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop; needs neither weights nor data")
+
+
+def add_own_data_arguments(parser: argparse._ActionsContainer) -> None:
+    """What is told of data sets that the program does not know."""
+    parser.add_argument("--domain", choices=tuple(BLUR), help="of a data set that is not known; without it industrial")
+    parser.add_argument(
+        "--class_name",
+        help="what the images of a data set that is not known show, for the prompts; without it the folder's name",
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

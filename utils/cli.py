@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from dataset.images import loader_message
+from dataset.loading import loader_message
 from utils.engine import TrainingError, TrainingStoppedError
 from utils.logs import setup_logging
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.images import AnomalyDataset, SeededSampler, check_files, loader_message, make_loader
-from dataset.records import Record, few_shot, hold_out, write_records
-from dataset.sets import open_dataset
+from dataset.images import check_files
+from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
+from dataset.records import Record, hold_out, write_records
+from dataset.sets import draw_few_shot, open_dataset
+from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
 from model.adapter_cross_attention import MODULES, STAGES, CrossAttentionCLIP
 from utils import checkpoints
@@ -56,25 +58,47 @@ class TrainingStoppedError(TrainingError):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.sets.DataSet`."""
+    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.sets.DataSet`.
+
+    `cache` holds the images of both, None where every epoch reads the files.
+    """
 
     folder: Path
     domain: str
     train: list[Record]
     held_out: list[Record]
     descriptions: dict[str, str]
+    cache: ImageCache | None = None
 
 
-def load_training_data(settings: Settings, data_root: Path) -> TrainingData:
-    """Open, draw and check the images of a run. Raises ValueError or FileNotFoundError."""
-    data = open_dataset(settings.dataset, data_root, settings.domain)
-    records = data.records if settings.shot is None else few_shot(data.records, settings.shot, settings.seed)
+def load_training_data(settings: Settings, data_root: Path, img_size: int, in_memory: bool = False) -> TrainingData:
+    """Open, draw and check the images of a run, and read them where they shall be kept `in_memory`.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    data = open_dataset(settings.dataset, data_root, settings.domain, settings.class_name)
+    records = data.records
+    if settings.shot is not None:
+        records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
     train, held_out = hold_out(records, settings.val_fraction, settings.seed)
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
     check_files(data.folder, records)
-    return TrainingData(data.folder, data.domain, train, held_out, data.descriptions)
+    _report_maskless(train)
+    resized = Transform(img_size, augment=settings.augment)
+    cache = cache_images(data.folder, records, resized) if in_memory else None
+    return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
+
+
+def _report_maskless(records: list[Record]) -> None:
+    """Say once what becomes of anomalous images without a mask."""
+    anomalous = [record for record in records if record.label]
+    maskless = sum(record.mask_path is None for record in anomalous)
+    if maskless:
+        logger.info("%d of %d anomalous images have no mask: no segmentation loss.", maskless, len(anomalous))
+    if maskless == len(anomalous):
+        logger.warning("No image here shows where a defect is, so the anomaly maps learn to find none.")
 
 
 class Means:
@@ -200,7 +224,7 @@ class Trainer:
         model.set_stage(name)
         optimizer = self._make_optimizer(stage, begun)
         text = ClassText(model, self.bank, fixed=name == "image")
-        dataset = AnomalyDataset(self.data.folder, self.data.train, model.backbone.img_size, name)
+        dataset = self._images(self.data.train, name)
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
         loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
         steps = self._steps_per_epoch(stage)
@@ -300,7 +324,7 @@ class Trainer:
     def validate(self, stage: Stage, text: ClassText) -> dict[str, float]:
         """Means of the stage's losses on the held-out images, without augmentation."""
         means = Means()
-        dataset = AnomalyDataset(self.data.folder, self.data.held_out, self.model.backbone.img_size)
+        dataset = self._images(self.data.held_out, None)
         loader = make_loader(dataset, stage.batch_size, self.num_workers)
         for batch in progress(loader, desc="held out", leave=False):
             loss, terms = self.losses(stage, batch, text)
@@ -308,6 +332,10 @@ class Trainer:
         return means.get()
 
     # parts
+
+    def _images(self, records: list[Record], stage: str | None) -> AnomalyDataset:
+        transform = Transform(self.model.backbone.img_size, stage, self.settings.augment)
+        return AnomalyDataset(self.data.folder, records, transform, self.data.cache)
 
     def _make_optimizer(self, stage: Stage, begun: bool) -> torch.optim.Adam:
         modules = self.model.trainable(stage.name)

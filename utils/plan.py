@@ -20,8 +20,10 @@ class Settings:
 
     dataset: str
     domain: str | None
+    class_name: str | None
     shot: int | None
     val_fraction: float
+    augment: str
     seed: int
     text_epoch: list[int]
     image_epoch: list[int]
@@ -44,7 +46,7 @@ class Settings:
 
 
 # Settings that older runs do not name, and what they trained with.
-ADDED_SETTINGS = {"lr_schedule": "steps", "warmup_steps": 0}
+ADDED_SETTINGS = {"lr_schedule": "steps", "warmup_steps": 0, "class_name": None, "augment": "published"}
 
 
 def stage_title(name: str) -> str:

@@ -35,8 +35,8 @@ def start(
         logger.info("%s is finished up to loop %d; there is nothing left to train.", run.folder, run.last_loop)
         return None
     device = arguments.device_of(args)
-    data = load_training_data(run.settings, args.data_root)
     config = run.config
+    data = load_training_data(run.settings, args.data_root, config.img_size, args.cache_images)
     backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, args.clip_weights)
     check_grid(backbone.grid, data.domain)
     model = checkpoints.build_model(config, backbone, checkpoint, device, run.settings.seed)

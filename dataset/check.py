@@ -1,0 +1,120 @@
+"""Open every image and mask of data sets and list what is wrong with them.
+
+    python -m dataset.check VisA MVTec --data_root DIR
+
+Missing and unreadable files, masks of another size than their image, empty masks of anomalous images, masks of normal
+images, and the same image twice: within a data set, in two of those named (training and test data, say), and in the
+train and the test split of an MVTec-like tree. Exit code 0: nothing found; 1: see the list; 2: no such data set.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataset.commands import make_parser, run_command
+from dataset.images import read_image, read_mask_pixels
+from dataset.layouts import train_images
+from dataset.records import read_entries
+from dataset.sets import Place, find_dataset, read_place
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help="known names, folders under --data_root, or paths of folders and lists"
+    )
+    return parser.parse_args()
+
+
+class Finder:
+    """Looks at images one by one; what it finds is in `problems`, and how often an image was seen in `places`."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.places: dict[str, list[Path]] = {}
+
+    def look(self, folder: Path, entry: dict) -> tuple[list[str], str | None]:
+        """Problems of one entry, and what tells its image from others; safe to run in threads."""
+        path = folder / entry["image_path"]
+        if not path.is_file():
+            return [f"missing image: {path}"], None
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            return [f"unreadable image: {error}"], None
+        problems = list(self.mask_problems(folder, entry, image.size))
+        pixels = hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).hexdigest()
+        return problems, pixels
+
+    def mask_problems(self, folder: Path, entry: dict, size: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with the mask of an entry whose image is of `size` (width, height) in pixels."""
+        if entry["mask_path"] is None:
+            return
+        path = folder / entry["mask_path"]
+        if not path.is_file():
+            # Some published lists name masks of normal images that were never there.
+            if entry["label"]:
+                yield f"missing mask: {path}"
+            return
+        try:
+            mask = read_mask_pixels(path)
+        except ValueError as error:
+            yield f"unreadable mask: {error}"
+            return
+        height, width = mask.shape
+        if (width, height) != size:
+            yield f"size mismatch: {path} is {width} x {height}, its image {size[0]} x {size[1]}"
+        if entry["label"] and not mask.any():
+            yield f"empty mask of an anomalous image: {path}"
+        if not entry["label"] and mask.any():
+            yield f"mask of a normal image: {path}"
+
+    def run(self, place: Place) -> None:
+        """Look at all images of a data set, and at those of the train splits beside it."""
+        entries = list(entries_of(place))
+        tested = {(place.folder / entry["image_path"]).resolve() for entry in entries}
+        for path in train_images(place.folder):
+            if path.resolve() not in tested:
+                entries.append({"image_path": path.relative_to(place.folder).as_posix(), "label": 0, "mask_path": None})
+        with ThreadPoolExecutor() as pool:
+            looked = pool.map(lambda entry: self.look(place.folder, entry), entries)
+            bar = tqdm(looked, total=len(entries), desc=place.name, unit="image", disable=None)
+            for entry, (problems, pixels) in zip(entries, bar, strict=True):
+                self.problems += problems
+                if pixels:
+                    self.places.setdefault(pixels, []).append(place.folder / entry["image_path"])
+
+    def repeated(self) -> list[str]:
+        """A line for every image that was seen more than once."""
+        return [f"same image: {', '.join(map(str, paths))}" for paths in self.places.values() if len(paths) > 1]
+
+
+def entries_of(place: Place) -> Iterator[dict]:
+    """The lines of the list of a data set as they are, or those its folders give."""
+    if place.metadata:
+        return read_entries(place.metadata)
+    return (asdict(record) for record in read_place(place))
+
+
+def main() -> int:
+    args = parse_arguments()
+    finder = Finder()
+    for name in args.names:
+        finder.run(find_dataset(name, args.data_root))
+    problems = finder.problems + finder.repeated()
+    for problem in problems:
+        print(problem)
+    images = sum(map(len, finder.places.values()))
+    print(
+        f"{len(problems)} problems found; {images} images are readable." if problems else f"{images} images, all well."
+    )
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,42 @@
+"""What the commands of this package, python -m dataset.NAME, have in common; they need no model."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DATA_ROOT_VARIABLE = "AACLIP_DATA_ROOT"
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with --data_root that shows `description` as it is."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_data_root(parser)
+    return parser
+
+
+def add_data_root(parser: argparse._ActionsContainer) -> None:
+    """Where the data sets lie."""
+    parser.add_argument(
+        "--data_root",
+        type=Path,
+        default=os.environ.get(DATA_ROOT_VARIABLE, "data"),
+        help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
+    )
+
+
+def run_command(main: Callable[[], int]) -> None:
+    """Run `main` and exit with the code it returns, or with 2 and one clear message where the input is at fault."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code = main()
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).error("error: %s", error)
+        code = 2
+    except KeyboardInterrupt:
+        code = 1
+    sys.exit(code)

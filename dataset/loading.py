@@ -1,0 +1,161 @@
+"""Batches of a data set, in an order and with an augmentation that no worker, cache or restart can change."""
+
+import logging
+import math
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from dataset.images import read_record, size_on_disk
+from dataset.records import Record
+from dataset.transforms import Transform
+
+logger = logging.getLogger(__name__)
+
+
+class ImageCache:
+    """Decoded images and masks of `records` in one block of memory, which reading processes share.
+
+    They are kept as `transform` takes them first: at the model's size where it resizes before all else, at their own
+    where it does not. `size` is in bytes.
+    """
+
+    def __init__(self, folder: Path, records: list[Record], transform: Transform):
+        self.folder, self.transform, self.size = folder, transform, 0
+        # Where the image of a record lies, and its mask: (first byte, shape).
+        self.parts: dict[Record, list[tuple[int, tuple[int, ...]]]] = {}
+        for record in records:
+            parts = self.parts[record] = []
+            for path, channels in ((record.image_path, (3,)), (record.mask_path, ())):
+                if path:
+                    width, height = self._size_of(folder / path)
+                    parts.append((self.size, (height, width, *channels)))
+                    self.size += math.prod(parts[-1][1])
+
+    def _size_of(self, path: Path) -> tuple[int, int]:
+        return (self.transform.img_size,) * 2 if self.transform.resize_first else size_on_disk(path)
+
+    def fill(self) -> None:
+        """Read all files. Raises ValueError for one that is not readable."""
+        self.pixels = torch.empty(self.size, dtype=torch.uint8)
+        with ThreadPoolExecutor() as pool:
+            loaded = pool.map(self._load, self.parts)
+            for _ in tqdm(loaded, total=len(self.parts), desc="reading images into memory", leave=False, disable=None):
+                pass
+
+    def _load(self, record: Record) -> None:
+        image, mask = read_record(self.folder, record)
+        if self.transform.resize_first:
+            image, mask = self.transform.resize(image, mask)
+        for (start, shape), picture in zip(self.parts[record], (image, mask), strict=False):  # mask: None, or a part
+            self.pixels[start : start + math.prod(shape)] = torch.from_numpy(np.array(picture)).flatten()
+
+    def read(self, record: Record) -> tuple[Image.Image, Image.Image | None]:
+        """The image of a record and its mask, None where it has none."""
+        pictures = [
+            Image.fromarray(self.pixels[start : start + math.prod(shape)].view(shape).numpy())
+            for start, shape in self.parts[record]
+        ]
+        return pictures[0], pictures[1] if len(pictures) > 1 else None
+
+
+def cache_images(folder: Path, records: list[Record], transform: Transform) -> ImageCache | None:
+    """All images in memory; None, with a warning, where they would take more than half of what is free."""
+    cache, free = ImageCache(folder, records, transform), psutil.virtual_memory().available
+    sizes = f"{cache.size / 1e9:.2f} GB of decoded images, {free / 1e9:.1f} GB of memory free"
+    if cache.size > free / 2:
+        logger.warning("--cache_images: %s: too much, so every epoch reads the files.", sizes)
+        return None
+    logger.info("--cache_images: %s.", sizes)
+    cache.fill()
+    return cache
+
+
+class AnomalyDataset(Dataset):
+    """Items of `records`; one that is asked for by (index, seed) is augmented from that seed alone.
+
+    An item: `image` [3, S, S], `mask` [1, S, S], `label` 0 or 1, `has_mask` (normal images have one, all zero),
+    `emptied` (resizing or augmentation left nothing of the defect), `class_name` and `path`.
+    """
+
+    def __init__(self, folder: Path, records: list[Record], transform: Transform, cache: ImageCache | None = None):
+        self.folder, self.records, self.transform, self.cache = folder, records, transform, cache
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        record = self.records[index]
+        path = self.folder / record.image_path
+        image, mask = self.cache.read(record) if self.cache else read_record(self.folder, record)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            pixels, target = self.transform(image, mask)
+        return {
+            "image": pixels,
+            "mask": target,
+            "label": record.label,
+            "has_mask": record.label == 0 or mask is not None,
+            "emptied": mask is not None and not target.any().item(),
+            "class_name": record.class_name,
+            "path": str(path),
+        }
+
+
+class SeededSampler(Sampler):
+    """(index, seed) of each sample in a shuffled order that depends on `key`, epoch and index alone.
+
+    `set_epoch(epoch, skip)` chooses the epoch and leaves out its first `skip` samples, to continue within it.
+    """
+
+    def __init__(self, length: int, key: tuple[int, ...]):
+        self.length, self.key = length, key
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        self.epoch, self.skip = epoch, skip
+
+    def __len__(self) -> int:
+        return self.length - self.skip
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((*self.key, self.epoch)).permutation(self.length)
+        for index in order[self.skip :].tolist():
+            yield index, int(np.random.SeedSequence((*self.key, self.epoch, index)).generate_state(1)[0])
+
+
+def loader_message(error: Exception) -> str:
+    """Message of an error, without the traceback that PyTorch puts around one from a worker process."""
+    return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
+
+
+def ignore_interrupt(worker: int = 0) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides when workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(
+    dataset: AnomalyDataset, batch_size: int, num_workers: int, sampler: SeededSampler | None = None
+) -> DataLoader:
+    """Batches in order, or in that of `sampler`; the last short one is kept."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_interrupt,
+        pin_memory=torch.cuda.is_available(),
+        # Of its own, so that loading never advances the global generator.
+        generator=torch.Generator().manual_seed(0),
+    )

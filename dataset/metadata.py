@@ -1,0 +1,61 @@
+"""Write the lists of images of benchmark data sets from their official downloads, in AA-CLIP's JSON lines.
+
+    python -m dataset.metadata VisA MVTec --data_root DIR
+
+Each goes into <folder of the data set>/full-shot.jsonl, or, where that cannot be written, into
+dataset/metadata/<name>/full-shot.jsonl. Training and testing do the same for a data set that has no list. A list that
+is there already is kept, unless --overwrite says otherwise.
+"""
+
+import argparse
+
+from dataset.commands import make_parser, run_command
+from dataset.constants import DATA_SETS
+from dataset.records import Record, read_records
+from dataset.sets import Place, build_records, count_images, find_dataset, write_metadata
+
+
+def parse_arguments() -> argparse.Namespace:
+    names = [name for name, info in DATA_SETS.items() if info.layout]
+    parser = make_parser(__doc__)
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--overwrite", action="store_true", help="replace a list that names other images")
+    return parser.parse_args()
+
+
+def keep(place: Place, records: list[Record], overwrite: bool) -> str:
+    """Write the list, unless the same one is there; what was done. Raises ValueError where another would be lost."""
+    if place.metadata:
+        known = set(read_records(place.metadata))
+        if known == set(records):
+            return f"{place.metadata} says the same"
+        if not overwrite:
+            raise ValueError(
+                f"{place.metadata} names other images: {len(known - set(records))} of its {len(known)} lines are not "
+                f"among the {len(records)} of the official layout. Move it away, or replace it with --overwrite."
+            )
+    return f"wrote {write_metadata(place, records)}"
+
+
+def table(name: str, records: list[Record]) -> str:
+    """Images of each class, beside the published numbers."""
+    found, published = count_images(records), DATA_SETS[name].counts
+    lines = [f"  {'class':20}{'normal':>8}{'anomalous':>11}   published"]
+    for class_name in dict.fromkeys([*published, *found]):
+        here, there = found.get(class_name, (0, 0)), published.get(class_name)
+        note = "as published" if here == there else f"DIFFERS: {there[0]} + {there[1]}" if there else "not published"
+        lines.append(f"  {class_name:20}{here[0]:>8}{here[1]:>11}   {note}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    args = parse_arguments()
+    for name in args.names:
+        place = find_dataset(name, args.data_root)
+        records = build_records(place)
+        print(f"{name}: {len(records)} images, {keep(place, records, args.overwrite)}\n{table(name, records)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,78 @@
+"""Images and masks to tensors, with AA-CLIP's augmentation or a smoother one."""
+
+import math
+
+import numpy as np
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+
+AUGMENTATIONS = ("published", "smooth")
+
+
+class Transform:
+    """PIL image and mask -> normalised pixels [3, S, S] and mask [1, S, S] of 0 and 1.
+
+    `stage` None: no augmentation. "text": rotation, translation and flips of image and mask together. "image": these,
+    after brightness, contrast and saturation jitter.
+
+    `augment` "published": pixels are moved by the nearest neighbour, what moves in from outside is CLIP's mean colour
+    and no defect, and the jitter acts on the full-size image. "smooth": pixels are moved bilinearly, what moves in is
+    the reflected image with its reflected mask (it shows real surface, so a defect in it is one), and the jitter acts
+    on the resized image.
+    """
+
+    def __init__(self, img_size: int, stage: str | None = None, augment: str = "published"):
+        self.img_size = img_size
+        self.resize_first = augment == "smooth"
+        self.jitter = v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(**{kind: 0.5})], p=0.7)
+                for kind in ("brightness", "contrast", "saturation")
+            ]
+            if stage == "image"
+            else [v2.Identity()]
+        )
+        # Pixels are normalised before they are moved, so that the fill of 0 is CLIP's mean colour.
+        self.to_pixels = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)]
+        )
+        self.move = v2.Compose(_movements(img_size, augment) if stage else [v2.Identity()])
+
+    def resize(self, image: Image.Image, mask: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
+        """Image and mask at the model's size; what has it already stays as it is."""
+        size = (self.img_size, self.img_size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        return image, mask.resize(size, Image.Resampling.NEAREST) if mask is not None else None
+
+    def __call__(self, image: Image.Image, mask: Image.Image | None) -> tuple[Tensor, Tensor]:
+        if self.resize_first:
+            image, mask = self.resize(image, mask)
+        image, mask = self.resize(self.jitter(image), mask)
+        target = torch.zeros(1, self.img_size, self.img_size)
+        if mask is not None:
+            target[0] = torch.from_numpy(np.array(mask) != 0)
+        pixels, target = self.move(self.to_pixels(image), tv_tensors.Mask(target))
+        return pixels.as_subclass(Tensor), target.as_subclass(Tensor)
+
+
+def _movements(img_size: int, augment: str) -> list[v2.Transform]:
+    """Rotation, translation and flips, each with p 0.5, in the published order."""
+    if augment == "smooth":
+        # Of a square turned by 30 degrees, up to (cos 30 + sin 30 - 1) / 2 = 0.183 of a side come from outside.
+        border = math.ceil(0.19 * img_size)
+        around, crop = [v2.Pad(border, padding_mode="reflect")], [v2.CenterCrop(img_size)]
+        share, interpolation = 0.15 * img_size / (img_size + 2 * border), InterpolationMode.BILINEAR
+    else:
+        around, crop, share, interpolation = [], [], 0.15, InterpolationMode.NEAREST
+    rotation = v2.RandomRotation(30, interpolation, fill=0)
+    translation = v2.RandomAffine(0, translate=(share, share), interpolation=interpolation, fill=0)
+    return [
+        v2.RandomApply([*around, rotation, *crop], p=0.5),
+        v2.RandomApply([*around, translation, *crop], p=0.5),
+        v2.RandomHorizontalFlip(0.5),
+        v2.RandomVerticalFlip(0.5),
+    ]

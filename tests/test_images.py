@@ -1,0 +1,266 @@
+"""Image files and masks, augmentation, loading and the cache."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
+
+from dataset.images import check_files, read_image, read_mask, read_mask_pixels, size_on_disk
+from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
+from dataset.sets import open_dataset
+from dataset.transforms import Transform
+from tests.conftest import write_small_dataset
+from tests.test_data import edit
+
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    write_small_dataset(tmp_path / "small", per_kind=4)
+    return tmp_path
+
+
+def test_empty_masks_and_unreadable_files(root):
+    folder = root / "small"
+    Image.new("L", (48, 40)).save(folder / "candle" / "1_0_mask.png")
+    with pytest.raises(ValueError, match=r"1_0_mask.png: the mask of an anomalous image is empty"):
+        check_files(folder, open_dataset("small", root).records)
+    (folder / "candle" / "1_1_mask.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="not readable as a mask"):
+        read_mask(folder / "candle" / "1_1_mask.png")
+    (folder / "metal_nut" / "0_0.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(ValueError, match=r"0_0.png: not readable as an image"):
+        check_files(folder, open_dataset("small", root).records)
+    dataset = AnomalyDataset(folder, open_dataset("small", root).records, Transform(32))
+    with pytest.raises(ValueError, match="not readable as an image"):
+        dataset[0]
+    with pytest.raises(ValueError) as error:
+        next(iter(make_loader(dataset, 2, 1)))
+    assert loader_message(error.value).startswith(f"{folder / 'metal_nut' / '0_0.png'}: not readable as an image")
+
+
+def test_without_augmentation_images_are_resized_as_published():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    mask = Image.fromarray((rng.random((50, 70)) > 0.7).astype(np.uint8) * 255)
+    pixels, target = Transform(32)(image, mask)
+    resized = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    assert torch.allclose(pixels, (torch.from_numpy(resized).permute(2, 0, 1) - MEAN) / STD, atol=1e-6)
+    nearest = torch.from_numpy(np.array(mask.resize((32, 32), Image.Resampling.NEAREST)) != 0).float()
+    assert torch.equal(target[0], nearest)
+    assert type(pixels) is torch.Tensor and type(target) is torch.Tensor
+    assert torch.equal(Transform(32)(image, None)[1], torch.zeros(1, 32, 32))
+
+
+def augmented(stage: str, seed: int, image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return Transform(64, stage)(image, mask)
+
+
+def test_augmentation_moves_image_and_mask_together_and_fills_with_zero():
+    # The image is its own mask, in white on black, so the two can be compared after any movement.
+    array = np.zeros((64, 64), dtype=np.uint8)
+    array[8:30, 20:50] = 255
+    mask = Image.fromarray(array)
+    image = Image.merge("RGB", [mask] * 3)
+    plain, _ = Transform(64)(image, mask)
+    white, black = plain.amax(dim=(1, 2)), plain.amin(dim=(1, 2))
+    moved = filled = 0
+    for seed in range(40):
+        pixels, target = augmented("text", seed, image, mask)
+        inside = target[0] > 0
+        assert torch.allclose(pixels[:, inside], white.view(3, 1).expand(3, int(inside.sum())))
+        outside = pixels[:, ~inside]
+        is_black = torch.isclose(outside, black.view(3, 1)).all(dim=0)
+        is_fill = (outside == 0).all(dim=0)
+        assert (is_black | is_fill).all()
+        moved += not torch.equal(pixels, plain)
+        filled += bool(is_fill.any())
+    # Each of four movements with p 0.5: 1 in 16 stays as it is; rotation and translation leave borders to fill.
+    assert 30 <= moved <= 40 and 20 <= filled <= 38
+
+
+def test_jitter_is_for_stage_2_alone_and_as_published():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(60, 190, (64, 64, 3), dtype=np.uint8))
+    assert Transform(64, "text").jitter(image) is image
+    transform, jittered = Transform(64, "image"), 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        jittered += not torch.equal(transforms.pil_to_tensor(transform.jitter(image)), transforms.pil_to_tensor(image))
+    assert 50 <= jittered <= 60  # one in 1 / 0.3^3 stays as it is
+    kinds = [step.transforms[0] for step in Transform(64, "image").jitter.transforms]
+    assert [k.brightness or k.contrast or k.saturation for k in kinds] == [(0.5, 1.5)] * 3
+    assert [step.p for step in Transform(64, "image").jitter.transforms] == [0.7] * 3
+
+
+def test_movements_are_the_published_ones_in_their_order():
+    rotation, translation, horizontal, vertical = Transform(64, "text").move.transforms
+    assert (rotation.p, translation.p, horizontal.p, vertical.p) == (0.5,) * 4
+    assert rotation.transforms[0].degrees == [-30, 30]
+    assert translation.transforms[0].translate == (0.15, 0.15) and translation.transforms[0].degrees == [0, 0]
+    assert (type(horizontal), type(vertical)) == (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)
+
+
+def test_items_tell_what_they_are(root):
+    edit(root, lambda lines: lines[4].pop("mask_path"))
+    dataset = AnomalyDataset(root / "small", open_dataset("small", root).records, Transform(32))
+    normal, maskless, masked = dataset[0], dataset[4], dataset[5]
+    assert (normal["label"], normal["has_mask"], normal["emptied"]) == (0, True, False)
+    assert (maskless["label"], maskless["has_mask"]) == (1, False)
+    assert (masked["has_mask"], masked["emptied"]) == (True, False) and masked["mask"].sum() > 0
+    tiny = Image.new("L", (480, 400))
+    tiny.putpixel((1, 1), 255)
+    tiny.save(root / "small" / "metal_nut" / "1_1_mask.png")
+    assert dataset[5]["emptied"] is True
+
+
+def saved(image: Image.Image, path: Path, **options) -> np.ndarray:
+    image.save(path, **options)
+    return np.asarray(read_image(path))
+
+
+def test_every_kind_of_image_is_read_as_a_viewer_shows_it(tmp_path):
+    ramp = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    grey = np.repeat(ramp[..., None], 3, axis=-1)
+    assert np.array_equal(saved(Image.fromarray(ramp), tmp_path / "grey.png"), grey)
+    assert np.array_equal(saved(Image.fromarray(ramp.astype(np.uint16) * 257), tmp_path / "deep.png"), grey)
+    assert np.array_equal(saved(Image.fromarray(ramp.astype(np.uint16) * 257), tmp_path / "deep.tif"), grey)
+    assert np.array_equal(saved(Image.fromarray(ramp), tmp_path / "an image.jpg.bmp"), grey)
+    palette = Image.fromarray(grey).convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
+    assert np.array_equal(saved(palette, tmp_path / "palette.png"), grey)
+    clear = np.dstack([grey, np.full((4, 6), 255, dtype=np.uint8)])
+    clear[0, 0] = (9, 9, 9, 0)
+    seen = saved(Image.fromarray(clear), tmp_path / "transparent.png")
+    assert seen[0, 0].tolist() == [255, 255, 255] and np.array_equal(seen[1:], grey[1:])
+    assert np.array_equal(saved(Image.fromarray(ramp), tmp_path / "jpeg.png", format="JPEG").shape, (4, 6, 3))
+    for pixels in (ramp.astype(np.float32), ramp.astype(np.int32) * 70000):
+        Image.fromarray(pixels).save(tmp_path / "odd.tif")
+        with pytest.raises(ValueError, match=r"odd.tif: not readable as an image .*expected .*8 or 16 bits"):
+            read_image(tmp_path / "odd.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_images_and_their_size(tmp_path, orientation):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    found = saved(image, tmp_path / "photo.png", exif=exif)
+    turns = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+             7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+    turn = turns[orientation]
+    expected = image.transpose(Image.Transpose[turn]) if turn else image
+    assert np.array_equal(found[..., 0], np.asarray(expected))
+    assert size_on_disk(tmp_path / "photo.png") == expected.size
+
+
+def test_every_kind_of_mask_is_read(tmp_path):
+    truth = np.zeros((4, 6), dtype=bool)
+    truth[1:3, 2:5] = True
+    palette = Image.fromarray(truth.astype(np.uint8))
+    palette.putpalette([0, 0, 0, 0, 0, 1] + [0] * 762)
+    blue = np.zeros((4, 6, 3), dtype=np.uint8)
+    blue[truth] = (0, 0, 1)
+    clear = np.full((4, 6, 4), 200, dtype=np.uint8)
+    clear[..., 3] = truth * 255
+    kinds = {
+        "one": Image.fromarray(truth),
+        "dark": Image.fromarray(truth.astype(np.uint8)),
+        "deep": Image.fromarray(truth.astype(np.uint16)),
+        "palette": palette,
+        "blue": Image.fromarray(blue),
+        "clear": Image.fromarray(clear),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_mask_pixels(tmp_path / f"{name}.png"), truth), name
+
+
+def test_truncated_and_empty_files_are_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"plain text"):
+        (tmp_path / "a.jpg").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"a.jpg: not readable as an image"):
+            read_image(tmp_path / "a.jpg")
+
+
+def test_smooth_augmentation_brings_in_the_reflected_image_with_its_mask():
+    # The image is its own mask again; what moves in is black or white too, never a fill.
+    array = np.zeros((64, 64), dtype=np.uint8)
+    array[:20, 20:50] = 255
+    mask = Image.fromarray(array)
+    image = Image.merge("RGB", [mask] * 3)
+    plain, _ = Transform(64)(image, mask)
+    white, black = plain.amax(dim=(1, 2)), plain.amin(dim=(1, 2))
+    grown = moved = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        pixels, target = Transform(64, "text", "smooth")(image, mask)
+        brightness = ((pixels - black.view(3, 1, 1)) / (white - black).view(3, 1, 1)).mean(dim=0)
+        assert target.unique().tolist() == [0, 1] and brightness.min() > -1e-3 and brightness.max() < 1 + 1e-3
+        # Bilinear edges are between black and white; the mask runs within a pixel of their middle.
+        assert ((brightness > 0.5) != (target[0] > 0)).float().mean() < 0.03
+        moved += not torch.equal(pixels, plain)
+        grown += int(target.sum() > 1.1 * (array > 0).sum())  # of a defect at the border, the mirror image moves in
+    assert 30 <= moved <= 40 and grown > 3
+
+
+def test_smooth_jitter_acts_on_the_resized_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(60, 190, (100, 80, 3), dtype=np.uint8))
+    transform = Transform(32, "image", "smooth")
+    sizes = []
+    transform.jitter = v2.Lambda(lambda picture: sizes.append(picture.size) or picture)
+    transform(image, None)
+    assert sizes == [(32, 32)]
+
+
+@pytest.mark.parametrize("augment", ["published", "smooth"])
+@pytest.mark.parametrize("stage", ["text", "image"])
+def test_the_cache_gives_the_same_tensors(root, augment, stage):
+    data = open_dataset("small", root)
+    transform = Transform(32, stage, augment)
+    cache = cache_images(data.folder, data.records, transform)
+    side = 32 * 32 if augment == "smooth" else 48 * 40
+    assert cache.size == 16 * side * 3 + 8 * side
+    for index in range(0, 16, 3):
+        plain = AnomalyDataset(data.folder, data.records, transform)[index, 7]
+        cached = AnomalyDataset(data.folder, data.records, transform, cache)[index, 7]
+        assert torch.equal(plain["image"], cached["image"]) and torch.equal(plain["mask"], cached["mask"])
+
+
+def test_a_cache_that_does_not_fit_is_left_out(root, monkeypatch, caplog):
+    data = open_dataset("small", root)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
+    assert cache_images(data.folder, data.records, Transform(32)) is None
+    assert "0.00 GB of decoded images" in caplog.text and "every epoch reads the files" in caplog.text
+
+
+@pytest.fixture
+def spawn():
+    """Workers start as on Windows and macOS: what they need is pickled."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_that_are_spawned_give_the_same(root, spawn):
+    data = open_dataset("small", root)
+    transform = Transform(32, "image")
+    cache = ImageCache(data.folder, data.records, transform)
+    cache.fill()
+
+    def epoch(workers: int, cache: ImageCache | None) -> torch.Tensor:
+        dataset = AnomalyDataset(data.folder, data.records, transform, cache)
+        loader = make_loader(dataset, 5, workers, SeededSampler(len(dataset), (1, 2)))
+        return torch.cat([batch["image"] for batch in loader])
+
+    assert torch.equal(epoch(1, cache), epoch(0, None))

@@ -1,0 +1,326 @@
+"""Official trees in miniature, own folders, and the commands that write lists and check files."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import check, metadata
+from dataset.commands import run_command
+from dataset.constants import DATA_SETS
+from dataset.layouts import LAYOUTS
+from dataset.sets import open_dataset
+
+
+def picture(path: Path, mask: bool = False) -> None:
+    """A small image unlike all others, or a mask with a defect."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(abs(hash(str(path)))).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    if mask:
+        pixels = np.zeros((8, 8), dtype=np.uint8)
+        pixels[2:5, 2:5] = 255
+    Image.fromarray(pixels).save(path)
+
+
+def pictures(root: Path, *names: str) -> None:
+    for name in names:
+        picture(root / name, mask=any(part in name for part in ("ground_truth", "Masks", "label", "masks")))
+
+
+def mvtec_tree(root: Path) -> list[tuple]:
+    pictures(root, "grid/train/good/000.png", "grid/test/good/014.png", "grid/test/good/002.png")
+    pictures(root, "grid/test/glue/010.png", "grid/ground_truth/glue/010_mask.png")
+    pictures(root, "bottle/test/good/000.png", "bottle/test/broken_large/000.png", "bottle/test/broken_small/000.png")
+    pictures(root, "bottle/ground_truth/broken_large/000_mask.png", "bottle/ground_truth/broken_small/000_mask.png")
+    (root / "grid" / "test" / "good" / "Thumbs.db").write_bytes(b"x")
+    (root / "grid" / "test" / "good" / "._002.png").write_bytes(b"x")
+    (root / "license.txt").write_text("text")
+    return [
+        ("bottle/test/good/000.png", 0, "bottle"),
+        ("bottle/test/broken_large/000.png", 1, "bottle", "bottle/ground_truth/broken_large/000_mask.png"),
+        ("bottle/test/broken_small/000.png", 1, "bottle", "bottle/ground_truth/broken_small/000_mask.png"),
+        ("grid/test/good/002.png", 0, "grid"),
+        ("grid/test/good/014.png", 0, "grid"),
+        ("grid/test/glue/010.png", 1, "grid", "grid/ground_truth/glue/010_mask.png"),
+    ]
+
+
+def mpdd_tree(root: Path) -> list[tuple]:
+    pictures(root, "tubes/test/good/000.png", "tubes/test/anomalous/000.png")
+    pictures(root, "tubes/ground_truth/anomalous/000_mask.png", "connector/test/good/1.png")
+    return [
+        ("connector/test/good/1.png", 0, "connector"),
+        ("tubes/test/good/000.png", 0, "tubes"),
+        ("tubes/test/anomalous/000.png", 1, "tubes", "tubes/ground_truth/anomalous/000_mask.png"),
+    ]
+
+
+def btad_tree(root: Path) -> list[tuple]:
+    pictures(root, "01/train/ok/0000.bmp", "01/test/ok/0022.bmp", "01/test/ko/0000.bmp", "01/ground_truth/ko/0000.png")
+    pictures(root, "02/test/ok/0022.png", "02/test/ko/0162.png", "02/ground_truth/ko/0162.png")
+    pictures(root, "03/test/ok/0022.bmp", "03/test/ko/0001.bmp", "03/ground_truth/ko/0001.bmp")
+    return [
+        ("01/test/ok/0022.bmp", 0, "01"),
+        ("01/test/ko/0000.bmp", 1, "01", "01/ground_truth/ko/0000.png"),
+        ("02/test/ok/0022.png", 0, "02"),
+        ("02/test/ko/0162.png", 1, "02", "02/ground_truth/ko/0162.png"),
+        ("03/test/ok/0022.bmp", 0, "03"),
+        ("03/test/ko/0001.bmp", 1, "03", "03/ground_truth/ko/0001.bmp"),
+    ]
+
+
+def visa_tree(root: Path) -> list[tuple]:
+    normal, anomalous = "{}/Data/Images/Normal/{}.JPG", "{}/Data/Images/Anomaly/{}.JPG"
+    rows = []
+    for class_name in ("candle", "pcb1"):
+        mask = f"{class_name}/Data/Masks/Anomaly/000.png"
+        rows += [
+            (class_name, "train", "normal", normal.format(class_name, "0001"), ""),
+            (class_name, "test", "normal", normal.format(class_name, "0790"), ""),
+            (class_name, "test", "anomaly", anomalous.format(class_name, "000"), mask),
+        ]
+    pictures(root, *(name for row in rows for name in row[3:] if name))
+    rows.append(("cashew", "test", "normal", "cashew/Data/Images/Normal/1.JPG", ""))  # a class that was not unpacked
+    (root / "split_csv").mkdir()
+    with open(root / "split_csv" / "1cls.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
+    return [
+        (image, int(label == "anomaly"), class_name, *([mask] if mask else []))
+        for class_name, split, label, image, mask in rows
+        if split == "test" and class_name != "cashew"
+    ]
+
+
+def medical_tree(class_name: str):
+    def build(root: Path) -> list[tuple]:
+        pictures(root, "train/good/9.png", "test/good/img/7.png", "test/Ungood/img/3.png", "test/Ungood/label/3.png")
+        return [
+            ("test/good/img/7.png", 0, class_name),
+            ("test/Ungood/img/3.png", 1, class_name, "test/Ungood/label/3.png"),
+        ]
+
+    return build
+
+
+def retina_tree(root: Path) -> list[tuple]:
+    pictures(root, "RESC/test/good/img/7.png", "RESC/test/ungood/img/3.png")
+    picture(root / "RESC/test/ungood/anomaly_mask/3.png", mask=True)
+    return [
+        ("RESC/test/good/img/7.png", 0, "Retina"),
+        ("RESC/test/ungood/img/3.png", 1, "Retina", "RESC/test/ungood/anomaly_mask/3.png"),
+    ]
+
+
+def colon_tree(class_name: str):
+    def build(root: Path) -> list[tuple]:
+        pictures(root, "images/2.jpg", "images/1.png", "masks/1.png", "masks/2.jpg")
+        return [
+            ("images/1.png", 1, class_name, "masks/1.png"),
+            ("images/2.jpg", 1, class_name, "masks/2.jpg"),
+        ]
+
+    return build
+
+
+TREES = {
+    "MVTec": ("mvtec_ad", mvtec_tree),
+    "MPDD": ("MPDD", mpdd_tree),
+    "BTAD": ("BTech_Dataset_transformed", btad_tree),
+    "VisA": ("VisA_20220922", visa_tree),
+    "Brain": ("MedAD/Brain_AD", medical_tree("Brain")),
+    "Liver": ("MedAD/Liver_AD", medical_tree("Liver")),
+    "Retina": ("MedAD/Retina_RESC_AD", retina_tree),
+    "Colon_clinicDB": ("Colon/CVC-ClinicDB", colon_tree("Colon_clinicDB")),
+    "Colon_colonDB": ("Colon/CVC-ColonDB", colon_tree("Colon_colonDB")),
+    "Colon_Kvasir": ("Colon/Kvasir", colon_tree("Kvasir")),
+    "Colon_cvc300": ("Colon/CVC-300", colon_tree("CVC-300")),
+}
+
+
+def as_lines(entries: list[tuple]) -> list[dict]:
+    keys = ("image_path", "label", "class_name", "mask_path")
+    return [dict(zip(keys, entry, strict=False)) for entry in entries]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Calls dataset.metadata or dataset.check as from the command line; returns the exit code."""
+
+    def call(module, *words: object) -> int:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        with pytest.raises(SystemExit) as exit_info:
+            run_command(module.main)
+        return exit_info.value.code
+
+    return call
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_list_of_every_official_tree(tmp_path, command, capsys, name):
+    folder, build = TREES[name]
+    expected = as_lines(build(tmp_path / folder))
+    assert command(metadata, name, "--data_root", tmp_path) == 0
+    assert read_lines(tmp_path / folder / "full-shot.jsonl") == expected
+    printed = capsys.readouterr().out
+    assert f"{name}: {len(expected)} images" in printed
+    for class_name, (normal, anomalous) in DATA_SETS[name].counts.items():
+        assert f"DIFFERS: {normal} + {anomalous}" in printed
+        assert class_name in printed
+    assert command(metadata, name, "--data_root", tmp_path) == 0
+    assert "full-shot.jsonl says the same" in capsys.readouterr().out
+
+
+def test_every_benchmark_set_has_a_layout_and_counts():
+    assert set(TREES) | {"mtd", "bsdata"} == {name for name, info in DATA_SETS.items() if info.layout}
+    for info in DATA_SETS.values():
+        if info.layout:
+            assert info.layout in LAYOUTS and set(info.counts) == set(info.classes)
+    totals = {name: sum(map(sum, info.counts.values())) for name, info in DATA_SETS.items()}
+    assert (totals["VisA"], totals["MVTec"], totals["BTAD"], totals["MPDD"]) == (2162, 1725, 741, 458)
+    assert (totals["Brain"], totals["Liver"], totals["Retina"], totals["Colon_Kvasir"]) == (3715, 1493, 1805, 1000)
+
+
+def test_opening_builds_the_list_that_is_missing(tmp_path, monkeypatch, caplog):
+    folder, build = TREES["MVTec"]
+    expected = as_lines(build(tmp_path / folder))
+    with caplog.at_level("INFO", "dataset"):
+        data = open_dataset("MVTec", tmp_path)
+    assert len(data.records) == 6 and data.descriptions == {"bottle": "dark bottle", "grid": "metal or plastic mesh"}
+    assert "bottle: 1 normal and 2 anomalous images, published are 20 and 63" in caplog.text
+    assert read_lines(tmp_path / folder / "full-shot.jsonl") == expected
+    # Where the data cannot be written to, the list goes to dataset/metadata.
+    (tmp_path / folder / "full-shot.jsonl").unlink()
+    (tmp_path / folder / "full-shot.jsonl.tmp").mkdir()
+    monkeypatch.setattr("dataset.sets.METADATA", tmp_path / "metadata")
+    assert open_dataset("MVTec", tmp_path).records == data.records
+    assert read_lines(tmp_path / "metadata" / "MVTec" / "full-shot.jsonl") == expected
+    assert open_dataset(str(tmp_path / folder), "nowhere").records == data.records
+
+
+def test_a_list_that_names_other_images_is_kept(tmp_path, command, caplog):
+    folder, build = TREES["MPDD"]
+    build(tmp_path / folder)
+    path = tmp_path / folder / "full-shot.jsonl"
+    path.write_text('{"image_path": "mine.png", "label": 0, "class_name": "tubes"}', encoding="utf-8")
+    assert command(metadata, "MPDD", "--data_root", tmp_path) == 2
+    assert "names other images: 1 of its 1 lines are not among the 3" in caplog.text and "mine.png" in path.read_text()
+    assert command(metadata, "MPDD", "--data_root", tmp_path, "--overwrite") == 0
+    assert len(read_lines(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("MVTec", "grid/ground_truth/glue/010_mask.png", r"010.png: its mask is missing. Expected .*010_mask.png"),
+        ("VisA", "candle/Data/Masks/Anomaly/000.png", r"1 of the images and masks .*candle/Data/Masks/Anomaly/000.png"),
+        ("VisA", "split_csv/1cls.csv", "1cls.csv: no such file. It belongs to VisA's download"),
+        ("Colon_Kvasir", "masks/1.png", r"1.png: its mask is missing"),
+    ],
+)
+def test_an_incomplete_download_is_named(tmp_path, name, spoil, message):
+    folder, build = TREES[name]
+    build(tmp_path / folder)
+    (tmp_path / folder / spoil).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        open_dataset(name, tmp_path)
+    assert not (tmp_path / folder / "full-shot.jsonl").exists()
+
+
+def test_own_folder_of_one_product_and_of_several(tmp_path):
+    one = tmp_path / "metal_bolt"
+    pictures(one, "test/good/a.png", "test/bent/b.png", "ground_truth/bent/b.png", "train/good/c.png")
+    data = open_dataset(str(one), "nowhere")
+    assert [(r.image_path, r.label, r.mask_path) for r in data.records] == [
+        ("test/good/a.png", 0, None),
+        ("test/bent/b.png", 1, "ground_truth/bent/b.png"),
+    ]
+    assert data.descriptions == {"metal_bolt": "metal bolt"} and data.domain == "industrial"
+    assert not (one / "full-shot.jsonl").exists()  # the folder is read anew each time, so that images can be added
+    several = tmp_path / "parts"
+    pictures(several, "nut/good/a.png", "nut/bad/b.JPG", "cap/test/good/a.png", "cap/test/dent/b.png")
+    data = open_dataset("parts", tmp_path, "medical")
+    assert data.descriptions == {"cap": "cap", "nut": "nut"} and data.domain == "medical"
+    assert {(r.image_path, r.label, r.mask_path) for r in data.records} == {
+        ("cap/test/good/a.png", 0, None),
+        ("cap/test/dent/b.png", 1, None),
+        ("nut/good/a.png", 0, None),
+        ("nut/bad/b.JPG", 1, None),
+    }
+
+
+def test_a_folder_in_no_known_layout_shows_the_trees(tmp_path):
+    pictures(tmp_path, "bolts/fine/a.png")
+    with pytest.raises(FileNotFoundError) as error:
+        open_dataset("bolts", tmp_path)
+    for part in ("bolts/test/good/*.png", "bolts/good/*.png and", "full-shot.jsonl", "Found fine."):
+        assert part in str(error.value)
+
+
+def test_training_and_testing_on_images_without_masks(tmp_path, scripts, capsys):
+    folder = tmp_path / "bolts"
+    pictures(folder, *(f"{kind}/{number}.png" for kind in ("good", "bad") for number in range(4)))
+    small = ["--model_name", "demo", "--device", "cpu", "--text_epoch", "1", "--image_epoch", "1"]
+    base = tmp_path / "base"
+    command = ["train", "--dataset", folder, "--class_name", "metal bolt", *small, "--save_path", base]
+    assert scripts(*command) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("4 of 4 anomalous images have no mask: no segmentation loss.") == 1
+    assert "the anomaly maps learn to find none" in printed
+    assert scripts("test", "--ckpt", base, "--dataset", folder, "--class_name", "metal bolt", "--device", "cpu") == 0
+    captured = capsys.readouterr()
+    assert "metal bolt" in captured.out and "NOT ZERO-SHOT" in captured.err
+    values = captured.out.split("base (base)")[1].split()
+    assert values[:2] == ["n/a", "n/a"] and "n/a" not in values[2:4]
+
+
+def spoiled_tree(root: Path) -> None:
+    """A tree with one fault of every kind."""
+    pictures(root, "test/good/0.png", "test/good/1.png", "test/good/2.png", "train/good/9.png")
+    pictures(root, *(f"test/bent/{n}.png" for n in range(5)), *(f"ground_truth/bent/{n}.png" for n in range(5)))
+    pictures(root, "ground_truth/good/0.png")
+    (root / "test/good/1.png").write_bytes((root / "test/good/1.png").read_bytes()[:60])
+    Image.open(root / "test/good/2.png").save(root / "train/good/9.png", compress_level=1)
+    Image.new("L", (8, 8)).save(root / "ground_truth/bent/0.png")
+    Image.new("L", (4, 8), 255).save(root / "ground_truth/bent/1.png")
+    (root / "ground_truth/bent/2.png").write_bytes(b"")
+    (root / "test/bent/4.png").unlink()
+    lines = [{"image_path": f"test/good/{n}.png", "label": 0, "class_name": "bolt"} for n in range(3)]
+    lines[0]["mask_path"], lines[2]["mask_path"] = "ground_truth/good/0.png", "ground_truth/good/2.png"
+    for number in range(5):
+        image, mask = f"test/bent/{number}.png", f"ground_truth/bent/{number}.png"
+        lines.append({"image_path": image, "label": 1, "class_name": "bolt", "mask_path": mask})
+    (root / "full-shot.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (root / "ground_truth/bent/3.png").unlink()
+
+
+def test_check_lists_every_kind_of_fault(tmp_path, command, capsys):
+    spoiled_tree(tmp_path / "bolts")
+    assert command(check, "bolts", "--data_root", tmp_path) == 1
+    found = capsys.readouterr().out.replace(f"{tmp_path / 'bolts'}/", "").splitlines()
+    assert found[0] == "mask of a normal image: ground_truth/good/0.png"
+    assert found[1].startswith("unreadable image: test/good/1.png: not readable as an image")
+    assert found[2] == "empty mask of an anomalous image: ground_truth/bent/0.png"
+    assert found[3] == "size mismatch: ground_truth/bent/1.png is 4 x 8, its image 8 x 8"
+    assert found[4].startswith("unreadable mask: ground_truth/bent/2.png: not readable as a mask")
+    assert found[5:7] == ["missing mask: ground_truth/bent/3.png", "missing image: test/bent/4.png"]
+    assert found[7:] == ["same image: test/good/2.png, train/good/9.png", "8 problems found; 7 images are readable."]
+
+
+def test_check_compares_data_sets_and_is_quiet_where_all_is_well(tmp_path, command, capsys, caplog):
+    for name in ("here", "there"):
+        pictures(tmp_path, f"{name}/test/good/0.png", f"{name}/test/bent/1.png", f"{name}/ground_truth/bent/1.png")
+    assert command(check, "here", tmp_path / "there", "--data_root", tmp_path) == 0
+    assert capsys.readouterr().out == "4 images, all well.\n"
+    Image.open(tmp_path / "here/test/good/0.png").save(tmp_path / "there/test/bent/1.png")
+    assert command(check, "here", "there", "--data_root", tmp_path) == 1
+    assert "same image: " in capsys.readouterr().out
+    assert command(check, "gone", "--data_root", tmp_path) == 2
+    assert "has no folder of it" in caplog.text
