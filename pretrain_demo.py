@@ -124,20 +124,25 @@ def render_numbered(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple
 
 
 def render_pool(count: int, seed: int) -> Pool:
-    """`count` images."""
+    """`count` images, rendered by several processes. Raises TrainingStoppedError at a signal to stop."""
     images = torch.empty(count, 3, RENDER_SIZE, RENDER_SIZE, dtype=torch.uint8)
     masks = torch.empty(count, 1, RENDER_SIZE, RENDER_SIZE, dtype=torch.uint8)
     labels = torch.empty(count, 3, dtype=torch.long)
     jobs = ((number, seed) for number in range(count))
-    workers = ProcessPoolExecutor(initializer=ignore_interrupt)
-    try:
-        found = progress(workers.map(render_numbered, jobs, chunksize=200), total=count, desc="rendering", unit="image")
-        for number, (image, mask, label) in enumerate(found):
-            images[number] = torch.from_numpy(image).permute(2, 0, 1)
-            masks[number, 0] = torch.from_numpy(mask)
-            labels[number] = torch.tensor(label)
-    finally:
-        workers.shutdown(cancel_futures=True)
+    # Where processes are spawned, each imports PyTorch: with many cores, memory is the limit.
+    workers = ProcessPoolExecutor(min(8, os.cpu_count() or 1), initializer=ignore_interrupt)
+    with StopSignal() as stop:
+        try:
+            rendered = workers.map(render_numbered, jobs, chunksize=200)
+            bar = progress(rendered, total=count, desc="rendering", unit="image")
+            for number, (image, mask, label) in enumerate(bar):
+                if stop.received:
+                    raise TrainingStoppedError("Stopped while rendering; the same command begins with that again.")
+                images[number] = torch.from_numpy(image).permute(2, 0, 1)
+                masks[number, 0] = torch.from_numpy(mask)
+                labels[number] = torch.tensor(label)
+        finally:
+            workers.shutdown(cancel_futures=True)
     return Pool(images, masks, *labels.unbind(dim=1))
 
 
@@ -214,7 +219,7 @@ def caption_loss(images: Tensor, texts: Tensor, scale: Tensor, true: Tensor, kno
 
 
 def region_loss(patches: list[Tensor], damaged: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Cross-entropy of patches, each level [B, N, E], against an intact and a damaged caption [B, 2, E].
+    """Cross-entropy of patches, each level [B, N, E], against a normal and a damaged caption [B, 2, E].
 
     `damaged` [B, N] is 0 or 1. Damaged regions are rare and weigh threefold. Zero where B is.
     """

@@ -10,6 +10,7 @@ import argparse
 import csv
 import logging
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,10 +169,15 @@ def evaluate(tested: list[Tested], data: DataSet, bank: PromptBank, args: argpar
                 for each, kept in zip(tested, scores.pop(class_name), strict=True):
                     each.results[class_name] = kept.metrics()
                 if args.pictures:
-                    sheets.write(class_name, picture_folder(tested[-1], data) / f"{class_name}.png")
+                    sheets.write(class_name, picture_folder(tested[-1], data) / f"{file_name(class_name)}.png")
             bar.update(len(pixels))
     for each in tested:
         each.results[AVERAGE] = mean_over_classes(list(each.results.values()))
+
+
+def file_name(class_name: str) -> str:
+    """A class name as a file name on every system."""
+    return re.sub(r"[^\w.-]", "_", class_name)
 
 
 def picture_folder(last: Tested, data: DataSet) -> Path:
@@ -237,6 +243,9 @@ def write_csv(each: Tested, data: DataSet, precision: str) -> Path:
 def main() -> None:
     args = parse_arguments()
     data_sets = [open_dataset(name, args.data_root, args.domain, args.class_name) for name in args.dataset]
+    name, count = Counter(data.name for data in data_sets).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"--dataset: {count} are called {name}, and so would be their files. Test them in two calls.")
     tested = load_models(args)
     backbone = tested[0].model.backbone
     for data in data_sets:

@@ -5,15 +5,17 @@
 Trains, per seed, a base and every variant on it (ckpt/<name>_<seed>/<variant>), tests them on the same images, and
 writes results/<name>.csv (every run) and results/<name>.md (mean and standard deviation over seeds, with the command).
 What is trained already is not trained again: the same command goes on where it stopped. Results hold what the command
-names, so to extend them, name all seeds.
+names, so to extend them, name all seeds. The recipes' own places and machine count unless they are given here.
 """
 
 import argparse
 import csv
+import math
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +25,13 @@ from dataset.sets import canonical_name
 from model.backbone import REPOSITORY
 from utils import arguments
 from utils.cli import run_script
-from utils.engine import TrainingError
+from utils.engine import StopSignal, TrainingError, TrainingStoppedError
 from utils.logs import progress
 from utils.metrics import METRICS
 
 NO_MODULES = ["--no_text_cross_attn", "--no_image_cross_attn"]
 CONTROL = "longer base"
+SEEN = "trained_on_this_data_set"
 # {variant: (arguments beside the recipe's, loops to test)}
 VARIANTS = {
     CONTROL: (["--feedback", "off", *NO_MODULES], (1, 3)),
@@ -48,37 +51,49 @@ def parse_arguments() -> argparse.Namespace:
         "--recipe", type=Path, nargs=2, required=True, help="@FILEs for train.py and train_cross_attention.py"
     )
     parser.add_argument("--dataset", required=True, help="data set to test on")
+    arguments.add_own_data_arguments(parser)
     parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's")
     parser.add_argument(
-        "--seeds", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], help="a base and its variants each"
+        "--seeds", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], help="each trains a base and its variants"
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to train")
     arguments.add_run_arguments(parser)
+    parser.set_defaults(data_root=None, device=None, precision=None)
     return parser.parse_args()
 
 
 def call(log: Path, script: str, *words: object) -> None:
-    """Run a script of the repository; what it prints goes to `log`. Raises TrainingError where it fails."""
+    """Run a script of the repository; what it prints goes to `log`.
+
+    Raises TrainingError where it fails, and TrainingStoppedError, once it has saved its state, at a signal to stop.
+    """
     command = [sys.executable, str(REPOSITORY / f"{script}.py"), *map(str, words)]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise TrainingError(f"Exit code {code}, see {log}: {shlex.join(command)}")
+    with open(log, "ab") as file, StopSignal() as stop:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(0.2)
+            if stop.received == "SIGTERM":  # Ctrl-C reaches every process of a terminal
+                process.terminate()
+                process.wait()
+    if stop.received:
+        raise TrainingStoppedError("Stopped. The same command goes on from here.")
+    if process.returncode:
+        raise TrainingError(f"Exit code {process.returncode}, see {log}: {shlex.join(command)}")
 
 
-def machine(args: argparse.Namespace) -> list[object]:
-    """The arguments about places and machine, handed on to each script."""
-    names = ("data_root", "clip_weights", "device", "num_workers", "precision")
-    given = {name: getattr(args, name) for name in names}
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+def given(args: argparse.Namespace, *names: str) -> list[object]:
+    """Those of the arguments that the command names, to be handed on."""
+    values = {name: getattr(args, name) for name in names}
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", value)]
 
 
 def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
     """Train and test one seed; a row per model tested."""
     folder = REPOSITORY / "ckpt" / f"{args.name}_{seed}"
     base, log = folder / "base", folder / "output.log"
-    common = ["--seed", seed, *machine(args)]
+    machine = given(args, "data_root", "clip_weights", "device", "num_workers", "precision")
+    common = ["--seed", seed, *machine]
     if args.train_dataset:
         common += ["--dataset", args.train_dataset]
     call(log, "train", f"@{args.recipe[0]}", *common, "--save_path", base)
@@ -92,7 +107,7 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
         bar.update()
         files |= {(name, loop): run / f"loop_{loop}.pth" for loop in loops}
     ckpts = [base, *(path for (_, loop), path in files.items() if loop)]
-    call(log, "test", "--ckpt", *ckpts, "--dataset", args.dataset, *machine(args))
+    call(log, "test", "--ckpt", *ckpts, "--dataset", args.dataset, *given(args, "domain", "class_name"), *machine)
     bar.update()
     return [
         {"variant": name, "loop": loop, "seed": seed}
@@ -102,14 +117,18 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
 
 
 def read_average(path: Path) -> dict[str, float]:
-    """The metrics of a data set's average, the last row of a CSV of test.py; NaN where undefined."""
+    """The metrics of a data set's average, the last row of a CSV of test.py, NaN where undefined; and whether the model
+    was trained on the data set."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {name: float(rows[-1][name] or "nan") for name in METRICS}
+    seen = {SEEN: rows[-1][SEEN]}
+    return {name: float(rows[-1][name] or "nan") for name in METRICS} | seen
 
 
 def spread(values: list[float], signed: bool) -> str:
-    """Mean ± standard deviation, in percent."""
+    """Mean ± standard deviation, in percent; n/a where a value is undefined."""
+    if any(map(math.isnan, values)):
+        return "n/a"
     mean = f"{100 * statistics.mean(values):{'+' if signed else ''}.2f}"
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
@@ -153,9 +172,9 @@ def report(rows: list[dict], head: str) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    rows = []
-    with progress(total=len(args.seeds) * (2 + len(args.variants)), desc=args.name, unit="run") as bar:
-        for seed in args.seeds:
+    rows, seeds = [], list(dict.fromkeys(args.seeds))
+    with progress(total=len(seeds) * (2 + len(args.variants)), desc=args.name, unit="run") as bar:
+        for seed in seeds:
             rows += run_seed(args, seed, bar)
     folder = REPOSITORY / "results"
     folder.mkdir(exist_ok=True)
@@ -163,10 +182,13 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    seeds = ", ".join(map(str, args.seeds))
     trained = f"Trained on {args.train_dataset}, tested" if args.train_dataset else "Tested"
-    head = f"{trained} on {args.dataset}, seeds {seeds}; in percent, mean ± standard deviation over the seeds.\n\n"
-    text = report(rows, f"{head}    {shlex.join(['python', '-m', 'benchmarks.variants', *sys.argv[1:]])}")
+    head = (
+        f"{trained} on {args.dataset}; in percent, mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+    )
+    if any(row[SEEN] != "False" for row in rows):
+        head += " **Not zero-shot**: the models may have been trained on this data set."
+    text = report(rows, f"{head}\n\n    {shlex.join(['python', '-m', 'benchmarks.variants', *sys.argv[1:]])}")
     (folder / f"{args.name}.md").write_text(text, encoding="utf-8")
     print(text)
 

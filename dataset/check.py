@@ -20,7 +20,7 @@ from dataset.commands import make_parser, run_command
 from dataset.images import read_image, read_mask_pixels
 from dataset.layouts import train_images
 from dataset.records import read_entries
-from dataset.sets import Place, find_dataset, read_place
+from dataset.sets import Place, find_dataset, list_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,14 +98,14 @@ def entries_of(place: Place) -> Iterator[dict]:
     """The lines of the list of a data set as they are, or those its folders give."""
     if place.metadata:
         return read_entries(place.metadata)
-    return (asdict(record) for record in read_place(place))
+    return (asdict(record) for record in list_folder(place))
 
 
 def main() -> int:
     args = parse_arguments()
     finder = Finder()
-    for name in args.names:
-        finder.run(find_dataset(name, args.data_root))
+    for place in [find_dataset(name, args.data_root) for name in args.names]:
+        finder.run(place)
     problems = finder.problems + finder.repeated()
     for problem in problems:
         print(problem)

@@ -32,6 +32,8 @@ def add_data_root(parser: argparse._ActionsContainer) -> None:
 def run_command(main: Callable[[], int]) -> None:
     """Run `main` and exit with the code it returns, or with 2 and one clear message where the input is at fault."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # A list that is redirected to a file on Windows may hold names that its encoding lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except (ValueError, OSError) as error:

@@ -4,13 +4,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from dataset.records import Record
 
 # What Pillow raises for broken files; SyntaxError and ValueError for some PNG and TIFF files.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+# EXIF's orientations, in the order of their numbers from 2 on.
+TURNS = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -20,9 +32,28 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image), "white")
+            return _to_rgb(_turned(image), "white")
     except BROKEN as error:
         raise ValueError(f"{path}: not readable as an image ({error}).") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a file that was just opened is to be turned, 1 to 8 as EXIF counts."""
+    # Pillow looks for late EXIF data of a PNG by decoding it, which would make a look at the header slow.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if image.format == "TIFF":  # Pillow turns it itself, but scrambles an uncompressed one by a quarter turn (13.0)
+        if orientation in (5, 6, 7, 8):
+            raise ValueError("a TIFF file by a quarter turn; save it upright, or as a PNG file")
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also writes the EXIF data anew, which fails on the tags of some photographs.
+    orientation = _orientation(image)
+    return image.transpose(TURNS[orientation - 2]) if orientation > 1 else image
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -43,7 +74,7 @@ def read_mask_pixels(path: Path) -> np.ndarray:
     """Which pixels of a mask [height, width] are not black (transparent ones are). Raises ValueError if unreadable."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            image = _turned(image)
             # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
             if image.mode[0] in "IF":
                 return np.asarray(image) != 0
@@ -63,17 +94,29 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
-    """The image of a record and its mask, None where it has none."""
-    mask = read_mask(folder / record.mask_path) if record.mask_path else None
-    return read_image(folder / record.image_path), mask
+    """The image of a record and its mask, None where it has none. Raises ValueError for what is wrong with them."""
+    image = read_image(folder / record.image_path)
+    if record.mask_path is None:
+        return image, None
+    mask = read_mask(folder / record.mask_path)
+    _check_shapes(folder, record, image.size, mask.size)
+    return image, mask
+
+
+def _check_shapes(folder: Path, record: Record, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Raise ValueError where a mask lies across its image; one that is merely smaller or larger still fits."""
+    if image != mask and image == mask[::-1]:
+        raise ValueError(
+            f"{folder / record.mask_path}: is {mask[0]} x {mask[1]} px, and its image, turned by its EXIF orientation, "
+            f"{image[0]} x {image[1]}. Turn one of them."
+        )
 
 
 def size_on_disk(path: Path) -> tuple[int, int]:
     """Width and height in pixels that `read_image` gives, from the header alone. Raises ValueError if unreadable."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
+            return image.size if _orientation(image) < 5 else (image.height, image.width)
     except BROKEN as error:
         raise ValueError(f"{path}: not readable as an image ({error}).") from error
 
@@ -85,9 +128,9 @@ def check_files(folder: Path, records: list[Record]) -> None:
     """
 
     def check(record: Record) -> None:
-        size_on_disk(folder / record.image_path)
+        size = size_on_disk(folder / record.image_path)
         if record.mask_path:
-            read_mask(folder / record.mask_path)
+            _check_shapes(folder, record, size, read_mask(folder / record.mask_path).size)
 
     with ThreadPoolExecutor() as pool:
         checked = pool.map(check, records)

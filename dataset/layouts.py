@@ -5,13 +5,15 @@ by their suffix, and hidden ones, are passed over.
 """
 
 import csv
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dataset.records import Record
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-NORMAL_KINDS = ("good", "ok")
+NORMAL_KINDS = ("good", "ok", "normal")
+VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 OWN_TREES = """
     {0}/full-shot.jsonl    lines {{"image_path", "label", "class_name", "mask_path"}}
 or, here or one folder deeper for each class,
@@ -35,26 +37,22 @@ def normal_records(root: Path, folder: Path, class_name: str) -> Iterator[Record
 def anomalous_records(root: Path, folder: Path, masks: Path | None, class_name: str) -> Iterator[Record]:
     """Records of anomalous images; with `masks`, each has its mask there, called as the image or with _mask behind.
 
-    Raises FileNotFoundError where a mask is missing.
+    Of a mask that is not there the record names the place where it should be.
     """
     found = {mask.stem.removesuffix("_mask"): mask for mask in images_in(masks)} if masks else {}
     for image in images_in(folder):
-        if masks and image.stem not in found:
-            raise FileNotFoundError(
-                f"{image}: its mask is missing. Expected {masks / image.stem}_mask.png or {masks / image.stem}.png."
-            )
-        mask = found[image.stem].relative_to(root).as_posix() if masks else None
+        mask = found.get(image.stem, masks / f"{image.stem}_mask.png").relative_to(root).as_posix() if masks else None
         yield Record(image.relative_to(root).as_posix(), 1, class_name, mask)
 
 
 def product_records(root: Path, folder: Path, class_name: str, masked: bool) -> Iterator[Record]:
-    """test/<kind>/ and ground_truth/<kind>/ of one product, as in MVTec; the kinds good and ok are normal."""
-    kinds = sorted(path for path in folder.glob("test/*") if path.is_dir())
+    """test/<kind>/ and ground_truth/<kind>/ of one product, as in MVTec; the kinds good, ok and normal are normal."""
+    kinds = sorted(path for path in folder.glob("test/*") if path.is_dir() and not path.name.startswith("."))
     for kind in kinds:
-        if kind.name in NORMAL_KINDS:
+        if kind.name.lower() in NORMAL_KINDS:
             yield from normal_records(root, kind, class_name)
     for kind in kinds:
-        if kind.name not in NORMAL_KINDS:
+        if kind.name.lower() not in NORMAL_KINDS:
             masks = folder / "ground_truth" / kind.name if masked else None
             yield from anomalous_records(root, kind, masks, class_name)
 
@@ -72,10 +70,13 @@ def visa(root: Path, classes: list[str]) -> Iterator[Record]:
         raise FileNotFoundError(f"{table}: no such file. It belongs to VisA's download and tells the test split.")
     present = [class_name for class_name in classes if (root / class_name).is_dir()]
     with open(table, newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+        rows = csv.DictReader(file)
+        if missing := set(VISA_COLUMNS) - set(rows.fieldnames or ()):
+            raise ValueError(f"{table}: expected the columns {', '.join(VISA_COLUMNS)}; missing: {', '.join(missing)}.")
+        for row in rows:
             if row["split"] == "test" and row["object"] in present:
                 label = int(row["label"] == "anomaly")
-                yield Record(row["image"], label, row["object"], row["mask"] if label else None)
+                yield Record(row["image"], label, row["object"], (row["mask"] or None) if label else None)
 
 
 def good_ungood(root: Path, classes: list[str]) -> Iterator[Record]:
@@ -115,7 +116,7 @@ def own_records(root: Path) -> list[Record]:
     products = [root] if _is_product(root) else sorted(path for path in root.iterdir() if _is_product(path))
     records = []
     for folder in products:
-        class_name = folder.resolve().name
+        class_name = Path(os.path.abspath(folder)).name
         if (folder / "test").is_dir():
             records += product_records(root, folder, class_name, masked=(folder / "ground_truth").is_dir())
         else:

@@ -11,29 +11,28 @@ import argparse
 
 from dataset.commands import make_parser, run_command
 from dataset.constants import DATA_SETS
-from dataset.records import Record, read_records
-from dataset.sets import Place, build_records, count_images, find_dataset, write_metadata
+from dataset.records import Record, check_paths, read_records
+from dataset.sets import Place, count_images, find_dataset, list_folder, write_metadata
 
 
 def parse_arguments() -> argparse.Namespace:
     names = [name for name, info in DATA_SETS.items() if info.layout]
     parser = make_parser(__doc__)
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--overwrite", action="store_true", help="replace a list that names other images")
+    parser.add_argument("--overwrite", action="store_true", help="replace a list that says something else")
     return parser.parse_args()
 
 
 def keep(place: Place, records: list[Record], overwrite: bool) -> str:
     """Write the list, unless the same one is there; what was done. Raises ValueError where another would be lost."""
-    if place.metadata:
-        known = set(read_records(place.metadata))
-        if known == set(records):
+    if place.metadata and not overwrite:
+        known, found = set(read_records(place.metadata)), set(records)
+        if known == found:
             return f"{place.metadata} says the same"
-        if not overwrite:
-            raise ValueError(
-                f"{place.metadata} names other images: {len(known - set(records))} of its {len(known)} lines are not "
-                f"among the {len(records)} of the official layout. Move it away, or replace it with --overwrite."
-            )
+        raise ValueError(
+            f"{place.metadata} is another list: {len(known - found)} of its {len(known)} lines are not in the official "
+            f"layout, which has {len(found - known)} more. Move it away, or replace it with --overwrite."
+        )
     return f"wrote {write_metadata(place, records)}"
 
 
@@ -52,7 +51,8 @@ def main() -> int:
     args = parse_arguments()
     for name in args.names:
         place = find_dataset(name, args.data_root)
-        records = build_records(place)
+        records = list_folder(place)
+        check_paths(records, place.folder)
         print(f"{name}: {len(records)} images, {keep(place, records, args.overwrite)}\n{table(name, records)}")
     return 0
 

@@ -3,6 +3,7 @@
 A line is {"image_path", "label", "class_name", "mask_path"}, with paths relative to the data set's folder.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def _parse(line: str, where: str) -> dict:
         raise ValueError(f"{where}: label is {entry['label']!r}, expected 0 (normal) or 1 (anomalous).")
     entry["mask_path"] = entry.get("mask_path") or None
     for key in ("image_path", "class_name", "mask_path"):
-        if not isinstance(entry[key] or "", str):
+        if not (entry[key] and isinstance(entry[key], str)) and (key, entry[key]) != ("mask_path", None):
             raise ValueError(f"{where}: {key} is {entry[key]!r}, expected a text.")
         if key != "class_name" and entry[key] and leaves_folder(entry[key]):
             raise ValueError(f"{where}: {key} '{entry[key]}' lies outside the data set's folder.")
@@ -98,6 +99,11 @@ def write_records(path: Path, records: list[Record]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
     os.replace(temporary, path)
+
+
+def digest(records: list[Record]) -> str:
+    """SHA-256 of what the records say, in their order."""
+    return hashlib.sha256("\n".join(map(repr, records)).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def few_shot(records: list[Record], shot: int, seed: int) -> list[Record]:

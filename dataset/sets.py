@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.constants import BLUR, DATA_SETS, describe_class
-from dataset.demo.build import DEMO_SETS, build
+from dataset.demo.build import DEMO_SETS, build, check_version
 from dataset.layouts import LAYOUTS, own_records
 from dataset.records import Record, check_paths, few_shot, read_records, write_records
 
@@ -43,8 +43,12 @@ class DataSet:
 def canonical_name(name: str) -> str:
     """Name of a data set that is given as its folder, its JSON lines file or one of its accepted names."""
     path = Path(name)
-    last = (path.parent if path.suffix == ".jsonl" else path).resolve().name if _is_path(name) else name
-    return next((known for known, info in DATA_SETS.items() if last in (Path(f).name for f in info.folders)), last)
+    # Not resolved: a link is called as it is, not as what it points to.
+    last = Path(os.path.abspath(path.parent if path.suffix == ".jsonl" else path)).name if _is_path(name) else name
+    for known, info in DATA_SETS.items():
+        if last.casefold() in {known.casefold(), *(Path(folder).name.casefold() for folder in info.folders)}:
+            return known
+    return last
 
 
 def _is_path(name: str) -> bool:
@@ -67,6 +71,8 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None, cl
         raise ValueError(f"--class_name {class_name}: {place.name} has its own names; the flag is for other data sets.")
     records = named(read_place(place), class_name)
     check_paths(records, place.folder)
+    for line in count_differences(place.name, records):
+        logger.warning("%s: %s.", place.name, line)
     classes = list(dict.fromkeys(record.class_name for record in records))
     if info:  # known classes in the published order, others after them
         classes.sort(key=lambda c: list(info.classes).index(c) if c in info.classes else len(info.classes))
@@ -98,6 +104,8 @@ def _find_folder(name: str, root: Path) -> Path:
     info = DATA_SETS.get(name)
     folders = [name, *(info.folders if info else ())]
     present = [root / candidate for candidate in folders if (root / candidate).is_dir()]
+    if present and name in DEMO_SETS:
+        check_version(present[0])
     if present:
         return next((path for path in present if (path / FULL).is_file()), present[0])
     if name in DEMO_SETS:
@@ -116,18 +124,26 @@ def read_place(place: Place) -> list[Record]:
     """The records of a data set, from its metadata, else from its folders; a known one's are written down then."""
     if place.metadata:
         return read_records(place.metadata)
-    if place.name not in DATA_SETS:
-        return own_records(place.folder)
-    records = build_records(place)
-    path = write_metadata(place, records)
-    logger.info("%s: wrote %s, %d images of the folders' layout.", place.name, path, len(records))
-    for line in count_differences(place.name, records):
-        logger.warning("%s: %s", place.name, line)
+    records = list_folder(place)
+    if place.name in DATA_SETS:
+        check_paths(records, place.folder)
+        path = write_metadata(place, records)
+        logger.info("%s: wrote %s, %d images of its official layout.", place.name, path, len(records))
+    else:
+        masks = sum(record.mask_path is not None for record in records)
+        for class_name, counts in count_images(records).items():
+            logger.info("%s: %d normal and %d anomalous images in its folder.", class_name, *counts)
+        logger.info("%s: %d of the anomalous images have masks.", place.name, masks)
     return records
 
 
-def build_records(place: Place) -> list[Record]:
-    """Records of a known data set from its official layout. Raises FileNotFoundError where nothing of it is there."""
+def list_folder(place: Place) -> list[Record]:
+    """Records that the folders of a data set give, by its official layout if it is known.
+
+    Masks that are missing are named where they should be. Raises FileNotFoundError where there is nothing of it.
+    """
+    if place.name not in DATA_SETS:
+        return own_records(place.folder)
     info = DATA_SETS[place.name]
     records = list(LAYOUTS[info.layout](place.folder, list(info.classes))) if info.layout else []
     if not records:
@@ -135,7 +151,6 @@ def build_records(place: Place) -> list[Record]:
             f"Data set {place.name}: found {place.folder}, but neither {FULL} nor images in the official layout "
             "(dataset/README.md shows it)."
         )
-    check_paths(records, place.folder)
     return records
 
 
@@ -148,23 +163,28 @@ def count_images(records: list[Record]) -> dict[str, tuple[int, int]]:
 
 
 def count_differences(name: str, records: list[Record]) -> list[str]:
-    """A sentence for each class of a known data set whose number of images is not the published one."""
-    found = count_images(records)
+    """What is to be said of each class of a known data set whose number of images is not the published one."""
+    found, info = count_images(records), DATA_SETS.get(name)
     return [
         "{}: {} normal and {} anomalous images, published are {} and {}".format(
             class_name, *found.get(class_name, (0, 0)), *expected
         )
-        for class_name, expected in DATA_SETS[name].counts.items()
+        for class_name, expected in (info.counts.items() if info else ())
         if found.get(class_name, (0, 0)) != expected
     ]
 
 
 def write_metadata(place: Place, records: list[Record]) -> Path:
-    """Write the full list of a known data set into its folder, or into dataset/metadata where that is read-only."""
+    """Write the full list of a known data set into its folder, or into dataset/metadata where that is read-only.
+
+    Raises ValueError where an older list in the folder cannot be replaced.
+    """
     path = place.folder / FULL
     try:
         write_records(path, records)
     except OSError as error:
+        if path.is_file():
+            raise ValueError(f"{path} cannot be replaced ({error.strerror}), and it would go before others.") from error
         logger.info("%s cannot be written (%s).", path, error.strerror)
         path = METADATA / place.name / FULL
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +201,11 @@ def draw_few_shot(data: DataSet, shot: int, seed: int, class_name: str | None = 
         path = folder / f"{shot}-shot.jsonl"
         if path.is_file():
             records = named(read_records(path), class_name)
-            check_paths(records, data.folder)
+            if others := set(records) - set(data.records):
+                raise ValueError(
+                    f"{path}: {len(others)} of its {len(records)} lines are not in the data set's own list, one is of "
+                    f"'{min(record.image_path for record in others)}'. Move it away, and --seed draws another."
+                )
             logger.info("%s: the %d images of %s; --seed draws none.", data.name, len(records), path)
             return records
     return few_shot(data.records, shot, seed)

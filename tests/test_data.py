@@ -71,10 +71,12 @@ def test_missing_root_shows_the_expected_tree(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         open_dataset("VisA", tmp_path / "nowhere")
     assert "does not exist" in str(error.value) and "VisA_20220922" in str(error.value)
-    for name in ("MVTec", "demo_train"):
-        (tmp_path / name).mkdir()
-        with pytest.raises(FileNotFoundError, match=r"neither full-shot\.jsonl nor images in the official layout"):
-            open_dataset(name, tmp_path)
+    (tmp_path / "VisA").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"1cls.csv: no such file"):
+        open_dataset("VisA", tmp_path)
+    (tmp_path / "MVTec").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"neither full-shot\.jsonl nor images in the official layout"):
+        open_dataset("MVTec", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,9 @@ def test_missing_root_shows_the_expected_tree(tmp_path):
         (lambda s: s[0].update(image_path="candle/../../x.png"), ValueError, "line 1: .*outside"),
         (lambda s: s[5].update(mask_path="..\\x.png"), ValueError, "line 6: mask_path .*outside"),
         (lambda s: s[0].update(image_path="C:\\x.png"), ValueError, "line 1: .*outside"),
+        (lambda s: s[0].update(image_path=None), ValueError, "line 1: image_path is None"),
+        (lambda s: s[1].update(class_name=0), ValueError, "line 2: class_name is 0"),
+        (lambda s: s[1].update(image_path=""), ValueError, "line 2: image_path is ''"),
         (lambda s: s.clear(), ValueError, "no records"),
     ],
 )
@@ -142,6 +147,9 @@ def test_a_list_of_few_shots_is_used_where_it_lies(root, monkeypatch, tmp_path, 
         write_records(folder / "4-shot.jsonl", chosen)
         assert draw_few_shot(data, 4, seed=1) == chosen
     assert draw_few_shot(data, 2, seed=1) == few_shot(data.records, 2, seed=1)
+    write_records(root / "small" / "4-shot.jsonl", [*data.records[:2], Record("other.png", 0, "screw")])
+    with pytest.raises(ValueError, match=r"1 of its 3 lines are not in the data set's own list, one is of 'other.png'"):
+        draw_few_shot(data, 4, seed=1)
 
 
 def test_class_name_renames_the_one_class_of_unknown_data(root):

@@ -151,11 +151,12 @@ def test_region_captions_are_of_seen_categories_alone(monkeypatch):
         assert about and not [text for text in about if any(word in text for word in words)]
 
 
-def test_seeds_of_pool_measures_and_sets_are_apart(monkeypatch):
+def test_seeds_of_pool_measures_and_sets_are_apart(monkeypatch, tmp_path, capsys):
     """NumPy pads seeds with zeros, so (a, b) is (a, b, 0): they must differ in the first number."""
     assert pretrain_demo.MEASURE_SEED != building.SET_SEED
     for seed in (pretrain_demo.MEASURE_SEED, building.SET_SEED):
-        assert pretrain(monkeypatch, "--seed", seed) == 2
+        assert pretrain(monkeypatch, "--seed", seed, "--save_path", tmp_path / "x") == 2
+        assert "expected less than" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_truth_of_captions():

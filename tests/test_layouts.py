@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dataset import check, metadata
 from dataset.commands import run_command
 from dataset.constants import DATA_SETS
 from dataset.layouts import LAYOUTS
-from dataset.sets import open_dataset
+from dataset.sets import find_dataset, open_dataset, write_metadata
 
 
 def picture(path: Path, mask: bool = False) -> None:
@@ -196,6 +197,9 @@ def test_opening_builds_the_list_that_is_missing(tmp_path, monkeypatch, caplog):
     assert len(data.records) == 6 and data.descriptions == {"bottle": "dark bottle", "grid": "metal or plastic mesh"}
     assert "bottle: 1 normal and 2 anomalous images, published are 20 and 63" in caplog.text
     assert read_lines(tmp_path / folder / "full-shot.jsonl") == expected
+    caplog.clear()
+    assert open_dataset("mvtec", tmp_path).name == "MVTec"  # as folders are on Windows, in any case
+    assert "bottle: 1 normal and 2 anomalous images, published are 20 and 63" in caplog.text  # each time
     # Where the data cannot be written to, the list goes to dataset/metadata.
     (tmp_path / folder / "full-shot.jsonl").unlink()
     (tmp_path / folder / "full-shot.jsonl.tmp").mkdir()
@@ -203,6 +207,9 @@ def test_opening_builds_the_list_that_is_missing(tmp_path, monkeypatch, caplog):
     assert open_dataset("MVTec", tmp_path).records == data.records
     assert read_lines(tmp_path / "metadata" / "MVTec" / "full-shot.jsonl") == expected
     assert open_dataset(str(tmp_path / folder), "nowhere").records == data.records
+    (tmp_path / folder / "full-shot.jsonl").write_text("old", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"full-shot.jsonl cannot be replaced"):
+        write_metadata(find_dataset("MVTec", tmp_path), data.records)
 
 
 def test_a_list_that_names_other_images_is_kept(tmp_path, command, caplog):
@@ -211,7 +218,9 @@ def test_a_list_that_names_other_images_is_kept(tmp_path, command, caplog):
     path = tmp_path / folder / "full-shot.jsonl"
     path.write_text('{"image_path": "mine.png", "label": 0, "class_name": "tubes"}', encoding="utf-8")
     assert command(metadata, "MPDD", "--data_root", tmp_path) == 2
-    assert "names other images: 1 of its 1 lines are not among the 3" in caplog.text and "mine.png" in path.read_text()
+    assert "is another list: 1 of its 1 lines are not in the official layout, which has 3 more" in caplog.text
+    assert "mine.png" in path.read_text()
+    path.write_text("{broken", encoding="utf-8")
     assert command(metadata, "MPDD", "--data_root", tmp_path, "--overwrite") == 0
     assert len(read_lines(path)) == 3
 
@@ -219,10 +228,10 @@ def test_a_list_that_names_other_images_is_kept(tmp_path, command, caplog):
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("MVTec", "grid/ground_truth/glue/010_mask.png", r"010.png: its mask is missing. Expected .*010_mask.png"),
+        ("MVTec", "grid/ground_truth/glue/010_mask.png", r"1 of the images and masks .*'grid/.*/010_mask.png'"),
         ("VisA", "candle/Data/Masks/Anomaly/000.png", r"1 of the images and masks .*candle/Data/Masks/Anomaly/000.png"),
         ("VisA", "split_csv/1cls.csv", "1cls.csv: no such file. It belongs to VisA's download"),
-        ("Colon_Kvasir", "masks/1.png", r"1.png: its mask is missing"),
+        ("Colon_Kvasir", "masks/1.png", r"1 of the images and masks .* the first is 'masks/1_mask.png'"),
     ],
 )
 def test_an_incomplete_download_is_named(tmp_path, name, spoil, message):
@@ -234,7 +243,8 @@ def test_an_incomplete_download_is_named(tmp_path, name, spoil, message):
     assert not (tmp_path / folder / "full-shot.jsonl").exists()
 
 
-def test_own_folder_of_one_product_and_of_several(tmp_path):
+def test_own_folder_of_one_product_and_of_several(tmp_path, caplog):
+    caplog.set_level("INFO", "dataset")
     one = tmp_path / "metal_bolt"
     pictures(one, "test/good/a.png", "test/bent/b.png", "ground_truth/bent/b.png", "train/good/c.png")
     data = open_dataset(str(one), "nowhere")
@@ -244,12 +254,14 @@ def test_own_folder_of_one_product_and_of_several(tmp_path):
     ]
     assert data.descriptions == {"metal_bolt": "metal bolt"} and data.domain == "industrial"
     assert not (one / "full-shot.jsonl").exists()  # the folder is read anew each time, so that images can be added
+    assert "metal_bolt: 1 normal and 1 anomalous images in its folder." in caplog.text
     several = tmp_path / "parts"
-    pictures(several, "nut/good/a.png", "nut/bad/b.JPG", "cap/test/good/a.png", "cap/test/dent/b.png")
+    pictures(several, "nut/good/a.png", "nut/bad/b.JPG", "cap/test/OK/a.png", "cap/test/dent/b.png")
+    pictures(several, "cap/test/.ipynb_checkpoints/a-checkpoint.png")
     data = open_dataset("parts", tmp_path, "medical")
     assert data.descriptions == {"cap": "cap", "nut": "nut"} and data.domain == "medical"
     assert {(r.image_path, r.label, r.mask_path) for r in data.records} == {
-        ("cap/test/good/a.png", 0, None),
+        ("cap/test/OK/a.png", 0, None),
         ("cap/test/dent/b.png", 1, None),
         ("nut/good/a.png", 0, None),
         ("nut/bad/b.JPG", 1, None),
@@ -304,7 +316,7 @@ def spoiled_tree(root: Path) -> None:
 def test_check_lists_every_kind_of_fault(tmp_path, command, capsys):
     spoiled_tree(tmp_path / "bolts")
     assert command(check, "bolts", "--data_root", tmp_path) == 1
-    found = capsys.readouterr().out.replace(f"{tmp_path / 'bolts'}/", "").splitlines()
+    found = capsys.readouterr().out.replace(f"{tmp_path / 'bolts'}{os.sep}", "").replace(os.sep, "/").splitlines()
     assert found[0] == "mask of a normal image: ground_truth/good/0.png"
     assert found[1].startswith("unreadable image: test/good/1.png: not readable as an image")
     assert found[2] == "empty mask of an anomalous image: ground_truth/bent/0.png"
@@ -322,5 +334,23 @@ def test_check_compares_data_sets_and_is_quiet_where_all_is_well(tmp_path, comma
     Image.open(tmp_path / "here/test/good/0.png").save(tmp_path / "there/test/bent/1.png")
     assert command(check, "here", "there", "--data_root", tmp_path) == 1
     assert "same image: " in capsys.readouterr().out
-    assert command(check, "gone", "--data_root", tmp_path) == 2
+    assert command(check, "here", "gone", "--data_root", tmp_path) == 2
     assert "has no folder of it" in caplog.text
+
+
+def test_check_lists_what_an_incomplete_download_lacks(tmp_path, command, capsys):
+    folder, build = TREES["MVTec"]
+    build(tmp_path / folder)
+    for kind in ("broken_large", "broken_small"):
+        (tmp_path / folder / "bottle" / "ground_truth" / kind / "000_mask.png").unlink()
+    assert command(check, "MVTec", "--data_root", tmp_path) == 1
+    assert capsys.readouterr().out.count("missing mask: ") == 2
+    assert not (tmp_path / folder / "full-shot.jsonl").exists()
+
+
+def test_a_split_table_of_other_columns_is_named(tmp_path):
+    visa_tree(tmp_path / "VisA")
+    table = tmp_path / "VisA" / "split_csv" / "1cls.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace(",", ";"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"1cls.csv: expected the columns object, split"):
+        open_dataset("VisA", tmp_path)

@@ -17,7 +17,7 @@ from dataset.loading import AnomalyDataset, SeededSampler, make_loader
 from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, segmentation_terms, stage1_loss
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
-from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors
+from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors, write_small_dataset
 from utils import checkpoints
 from utils.engine import Trainer, load_training_data
 from utils.plan import Run, Settings, learning_rate_factor, plan_stages, vv_start
@@ -198,7 +198,7 @@ def test_v_v_attention_follows_its_flags(backbone, data_root, tmp_path, monkeypa
     assert set(calls) == {(9, False)}
 
 
-def test_other_clip_weights_are_refused_when_a_run_goes_on(scripts, backbone, tmp_path, monkeypatch, capsys):
+def test_other_weights_and_images_are_refused_when_a_run_goes_on(scripts, backbone, tmp_path, monkeypatch, capsys):
     original = Trainer.train_step
 
     def stopped(self, *arguments):
@@ -214,6 +214,9 @@ def test_other_clip_weights_are_refused_when_a_run_goes_on(scripts, backbone, tm
     torch.save(state, tmp_path / "other.pt")
     assert scripts(*command, "--clip_weights", tmp_path / "other.pt") == 2
     assert "this run has CLIP weights of SHA-256" in capsys.readouterr().err
+    write_small_dataset(tmp_path / "grown" / "small", per_kind=6)
+    assert scripts(*command, data_root=tmp_path / "grown") == 2
+    assert "began with 20 images to train on and 0 held out; now there are 24 and 0" in capsys.readouterr().err
     assert scripts(*command) == 0
 
 

@@ -232,6 +232,17 @@ def check_clip(recorded: str | None, backbone: Backbone, what: str) -> None:
         )
 
 
+def check_data(state: dict, found: dict, folder: Path) -> None:
+    """Raise ValueError where the images of a run that goes on are not those it began with."""
+    recorded = state.get("data", found)  # older runs do not tell
+    if recorded != found:
+        raise ValueError(
+            f"{folder}: this run began with {recorded['images']} images to train on and {recorded['held_out']} held "
+            f"out; now there are {found['images']} and {found['held_out']}, or others of the same number. Bring the "
+            "earlier ones back to go on, or choose another --save_path."
+        )
+
+
 def _origin(header: dict) -> tuple:
     """Hashes of the files that a run starts from."""
     base = header.get("base", {})

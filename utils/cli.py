@@ -20,6 +20,8 @@ def run_script(main: Callable[[], None]) -> None:
     traceback goes to train.log where there is one. Any other exception is a fault of the program and keeps its own.
     """
     setup_logging()
+    # A table that is redirected to a file on Windows may hold names that its encoding lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         code = 0

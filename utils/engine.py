@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dataset.images import check_files
 from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
-from dataset.records import Record, hold_out, write_records
+from dataset.records import Record, digest, hold_out, write_records
 from dataset.sets import draw_few_shot, open_dataset
 from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
@@ -69,6 +69,12 @@ class TrainingData:
     held_out: list[Record]
     descriptions: dict[str, str]
     cache: ImageCache | None = None
+
+    @property
+    def summary(self) -> dict:
+        """Tells whether a run that goes on has the same images in the same order."""
+        counts = {"images": len(self.train), "held_out": len(self.held_out)}
+        return counts | {"sha256": digest(self.train + self.held_out)}
 
 
 def load_training_data(settings: Settings, data_root: Path, img_size: int, in_memory: bool = False) -> TrainingData:
@@ -181,6 +187,7 @@ class Trainer:
                 "metrics": self.metrics,
                 "rng": torch.get_rng_state(),
                 "clip_sha256": self.model.backbone.sha256,
+                "data": self.data.summary,
             },
             self.folder / checkpoints.STATE_FILE,
         )

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,16 +34,23 @@ def setup_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.INFO)
     root.addHandler(handler)
+    # Keeps what is said before there is a folder to log to.
+    root.addHandler(MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1))
     root.setLevel(logging.WARNING)
     for name in PROGRAM:
         logging.getLogger(name).setLevel(logging.DEBUG)
 
 
 def log_to_file(path: Path) -> None:
-    """Append messages to `path` too, with their time."""
+    """Append messages to `path` too, with their time; those before this call as well."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    for earlier in [each for each in root.handlers if isinstance(each, MemoryHandler)]:
+        earlier.setTarget(handler)
+        earlier.close()  # which hands on what it holds
+        root.removeHandler(earlier)
 
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:

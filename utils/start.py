@@ -44,6 +44,7 @@ def start(
     if state:
         what = f"{run.folder}: this run has CLIP weights of SHA-256"
         checkpoints.check_clip(state["clip_sha256"], backbone, what)
+        checkpoints.check_data(state, data.summary, run.folder)
     trainer.open_folder(new=state is None)
     logger.info("%s\n\nCLIP weights of SHA-256 %s\n", plan, backbone.sha256)
     on_start(trainer)

@@ -18,6 +18,9 @@ DEMO_SETS = ("demo_train", "demo_test")
 IMAGES_PER_CLASS = 100
 # Data sets and pre-training draw from seeds of different ranges.
 SET_SEED = 2_000_000
+# Of the renderer: raise it with every change that alters an image, so that no result comes from older ones.
+VERSION = "1"
+VERSION_FILE = "renderer_version.txt"
 
 
 def build(name: str, data_root: Path) -> Path:
@@ -36,12 +39,23 @@ def build(name: str, data_root: Path) -> Path:
             seed = (SET_SEED, list(PRODUCTS).index(category), index)
             records.append(_write(folder, category, index, render(category, index % 2 == 1, seed)))
         write_records(folder / "full-shot.jsonl", records)
+        (folder / VERSION_FILE).write_text(VERSION, encoding="utf-8")
         try:
             return folder.rename(data_root / name)
         except OSError:
             if not (data_root / name / "full-shot.jsonl").is_file():  # else another process was faster
                 raise
             return data_root / name
+
+
+def check_version(folder: Path) -> None:
+    """Raise ValueError where a folder of the demo's images is not of this renderer."""
+    path = folder / VERSION_FILE
+    found = path.read_text(encoding="utf-8").strip() if path.is_file() else "unknown"
+    if found != VERSION:
+        raise ValueError(
+            f"{folder}: of renderer version {found}, expected {VERSION}. Delete the folder; it is rendered again then."
+        )
 
 
 def _write(folder: Path, category: str, index: int, rendered: Rendered) -> Record:
