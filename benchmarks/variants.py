@@ -129,7 +129,7 @@ def spread(values: list[float], signed: bool) -> str:
     """Mean ± standard deviation, in percent; n/a where a value is undefined."""
     if any(map(math.isnan, values)):
         return "n/a"
-    mean = f"{100 * statistics.mean(values):{'+' if signed else ''}.2f}"
+    mean = f"{round(100 * statistics.mean(values), 2) + 0.0:{'+' if signed else ''}.2f}"  # + 0.0: never -0.00
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
