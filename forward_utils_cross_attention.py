@@ -10,6 +10,7 @@ Shapes: B images, N patches, E the embedding width, S the image size, P prompts 
 AA-CLIP (arXiv 2503.06661) as its published code computes them.
 """
 
+import logging
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from dataset.constants import BLUR, NORMAL_PROMPTS, class_prompts
 from model.adapter import Prompts, TextContext, VisualFeatures
 from model.adapter_cross_attention import CrossAttentionCLIP
 from model.backbone import Backbone
+
+logger = logging.getLogger(__name__)
 
 FEEDBACK = ("adapted", "projectors", "off")
 
@@ -43,6 +46,9 @@ class PromptBank:
 
     def __init__(self, backbone: Backbone, descriptions: dict[str, str]):
         self.index = {name: number for number, name in enumerate(descriptions)}
+        unknown = {word for description in descriptions.values() for word in backbone.unknown_words(description)}
+        if unknown:
+            logger.warning("This CLIP knows nothing of these words in the prompts: %s.", ", ".join(sorted(unknown)))
         texts = [prompt for description in descriptions.values() for prompt in class_prompts(description)]
         ids = backbone.tokenize(texts)
         per_class = (len(descriptions), -1)

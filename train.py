@@ -8,6 +8,7 @@ again goes on where it stopped.
 
 import argparse
 import logging
+import shlex
 from pathlib import Path
 
 from utils import arguments, checkpoints
@@ -60,9 +61,10 @@ def main() -> None:
     trainer = start(args, run, None, on_stage_end)
     if trainer is not None:
         trainer.run()
-        logger.info(
-            "Done. Extend it: python train_cross_attention.py --resume %s --dataset %s", trainer.folder, args.dataset
-        )
+        names = ("dataset", "domain", "class_name", "shot")
+        same = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", str(value))]
+        command = ["python", "train_cross_attention.py", "--resume", str(trainer.folder), *same]
+        logger.info("Done. Extend it: %s", shlex.join(command))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m dataset.check VisA MVTec --data_root DIR
 
-Missing and unreadable files, masks of another size than their image, empty masks of anomalous images, masks of normal
-images, and the same image twice: within a data set, in two of those named (training and test data, say), and in the
-train and the test split of an MVTec-like tree. Exit code 0: nothing found; 1: see the list; 2: no such data set.
+Numbers of images that are not the published ones, missing and unreadable files, masks of another size than their
+image, empty masks of anomalous images, masks of normal images, and the same image twice: within a data set, in two of
+those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Exit code 0: nothing found; 1: see the list; 2: no such data set.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from dataset.commands import make_parser, run_command
 from dataset.images import read_image, read_mask_pixels
 from dataset.layouts import train_images
-from dataset.records import read_entries
-from dataset.sets import Place, find_dataset, list_folder
+from dataset.records import Record, read_entries
+from dataset.sets import Place, count_differences, find_dataset, list_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,6 +77,8 @@ class Finder:
     def run(self, place: Place) -> None:
         """Look at all images of a data set, and at those of the train splits beside it."""
         entries = list(entries_of(place))
+        listed = [Record(entry["image_path"], int(entry["label"]), entry["class_name"]) for entry in entries]
+        self.problems += [f"number of images: {place.name}, {line}" for line in count_differences(place.name, listed)]
         tested = {(place.folder / entry["image_path"]).resolve() for entry in entries}
         for path in train_images(place.folder):
             if path.resolve() not in tested:
@@ -110,9 +112,8 @@ def main() -> int:
     for problem in problems:
         print(problem)
     images = sum(map(len, finder.places.values()))
-    print(
-        f"{len(problems)} problems found; {images} images are readable." if problems else f"{images} images, all well."
-    )
+    found = f"{len(problems)} problem{'s' * (len(problems) > 1)} found; {images} images are readable."
+    print(found if problems else f"{images} images, all well.")
     return 1 if problems else 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataset.constants import BLUR, DATA_SETS, describe_class
 from dataset.demo.build import DEMO_SETS, build, check_version
-from dataset.layouts import LAYOUTS, own_records
+from dataset.layouts import LAYOUTS, NORMAL_KINDS, own_records
 from dataset.records import Record, check_paths, few_shot, read_records, write_records
 
 logger = logging.getLogger(__name__)
@@ -113,10 +113,16 @@ def _find_folder(name: str, root: Path) -> Path:
     tree = "\n".join(f"    {root / candidate}" for candidate in folders)
     others = sorted(path.parent.name for path in root.glob(f"*/{FULL}")) if root.is_dir() else []
     what = f"'{root}' has no folder of it" if root.is_dir() else f"'{root}' does not exist"
+    if canonical_name(root.name) == name:
+        hint = f"--data_root is the folder above those of the data sets: try {root.parent}."
+    elif Path(name).is_dir():
+        hint = f"A folder elsewhere is given as a path: .{os.sep}{name}."
+    else:
+        hint = "Give the right place with --data_root DIR."
     raise FileNotFoundError(
         f"Data set {name}: {what}. Expected one of\n{tree}\n    with the images and masks in it "
-        f"(dataset/README.md shows the trees).\nData sets there: {', '.join(others) or 'none'}. "
-        "Give the right place with --data_root DIR."
+        f"(dataset/README.md shows the trees). {hint}\n"
+        f"Data sets there: {', '.join(others) or 'none'}; known: {', '.join(DATA_SETS)}."
     )
 
 
@@ -130,11 +136,27 @@ def read_place(place: Place) -> list[Record]:
         path = write_metadata(place, records)
         logger.info("%s: wrote %s, %d images of its official layout.", place.name, path, len(records))
     else:
-        masks = sum(record.mask_path is not None for record in records)
-        for class_name, counts in count_images(records).items():
-            logger.info("%s: %d normal and %d anomalous images in its folder.", class_name, *counts)
-        logger.info("%s: %d of the anomalous images have masks.", place.name, masks)
+        _report_own(records)
     return records
+
+
+def _report_own(records: list[Record]) -> None:
+    """Say what was taken for what in a folder of own images."""
+    for class_name, (normal, anomalous) in count_images(records).items():
+        masks = sum(record.class_name == class_name and record.mask_path is not None for record in records)
+        logger.info(
+            "%s: %d normal images, %d anomalous ones, %d masks in its folder.", class_name, normal, anomalous, masks
+        )
+        if not normal:
+            kinds = sorted(
+                {Path(record.image_path).parent.name for record in records if record.class_name == class_name}
+            )
+            logger.warning(
+                "%s: no image is normal: folders called %s are, those found are defects: %s.",
+                class_name,
+                ", ".join(NORMAL_KINDS),
+                ", ".join(kinds),
+            )
 
 
 def list_folder(place: Place) -> list[Record]:

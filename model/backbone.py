@@ -310,6 +310,11 @@ class Backbone(nn.Module):
         ids = self._tokenizer(prompts, context_length=limit)
         return ids[:, : int(ids.argmax(dim=-1).max()) + 1].to(self.device)
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text` that this CLIP was never trained on: their embedding is zero (no one's in OpenAI's)."""
+        known = self.clip.token_embedding.weight.any(dim=1)
+        return [word for word in text.split() if not known[self._tokenizer.encode(word)].all()]
+
     def causal_mask(self, length: int) -> Tensor:
         """CLIP's additive causal mask for prompts cropped to `length` tokens, [L, L]."""
         return self.clip.attn_mask[:length, :length]

@@ -254,7 +254,7 @@ def test_own_folder_of_one_product_and_of_several(tmp_path, caplog):
     ]
     assert data.descriptions == {"metal_bolt": "metal bolt"} and data.domain == "industrial"
     assert not (one / "full-shot.jsonl").exists()  # the folder is read anew each time, so that images can be added
-    assert "metal_bolt: 1 normal and 1 anomalous images in its folder." in caplog.text
+    assert "metal_bolt: 1 normal images, 1 anomalous ones, 1 masks in its folder." in caplog.text
     several = tmp_path / "parts"
     pictures(several, "nut/good/a.png", "nut/bad/b.JPG", "cap/test/OK/a.png", "cap/test/dent/b.png")
     pictures(several, "cap/test/.ipynb_checkpoints/a-checkpoint.png")
@@ -266,6 +266,27 @@ def test_own_folder_of_one_product_and_of_several(tmp_path, caplog):
         ("nut/good/a.png", 0, None),
         ("nut/bad/b.JPG", 1, None),
     }
+
+
+def test_a_folder_without_normal_images_is_said_loudly(tmp_path, caplog):
+    pictures(tmp_path, "bolts/test/fine/a.png", "bolts/test/bent/b.png")
+    open_dataset("bolts", tmp_path)
+    assert (
+        "no image is normal: folders called good, ok, normal are, those found are defects: bent, fine." in caplog.text
+    )
+
+
+def test_likely_mistakes_get_a_hint(tmp_path, monkeypatch):
+    pictures(tmp_path, "data/VisA/candle.png", "bolts/good/a.png", "bolts/bad/b.png")
+    monkeypatch.chdir(tmp_path)
+    for name, root, hint in (
+        ("VisA", "data/VisA", "--data_root is the folder above those of the data sets: try data."),
+        ("bolts", "data", f"A folder elsewhere is given as a path: .{os.sep}bolts."),
+        ("Visum", "data", "known: Brain, Liver"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            open_dataset(name, root)
+        assert hint in str(error.value)
 
 
 def test_a_folder_in_no_known_layout_shows_the_trees(tmp_path):
@@ -286,6 +307,8 @@ def test_training_and_testing_on_images_without_masks(tmp_path, scripts, capsys)
     printed = capsys.readouterr().err
     assert printed.count("4 of 4 anomalous images have no mask: no segmentation loss.") == 1
     assert "the anomaly maps learn to find none" in printed
+    assert "This CLIP knows nothing of these words in the prompts: metal." in printed
+    assert f"--dataset {folder} --class_name 'metal bolt'" in printed  # of the command that comes next
     assert scripts("test", "--ckpt", base, "--dataset", folder, "--class_name", "metal bolt", "--device", "cpu") == 0
     captured = capsys.readouterr()
     assert "metal bolt" in captured.out and "NOT ZERO-SHOT" in captured.err
@@ -344,7 +367,9 @@ def test_check_lists_what_an_incomplete_download_lacks(tmp_path, command, capsys
     for kind in ("broken_large", "broken_small"):
         (tmp_path / folder / "bottle" / "ground_truth" / kind / "000_mask.png").unlink()
     assert command(check, "MVTec", "--data_root", tmp_path) == 1
-    assert capsys.readouterr().out.count("missing mask: ") == 2
+    found = capsys.readouterr().out
+    assert found.count("missing mask: ") == 2
+    assert "number of images: MVTec, bottle: 1 normal and 2 anomalous images, published are 20 and 63" in found
     assert not (tmp_path / folder / "full-shot.jsonl").exists()
 
 

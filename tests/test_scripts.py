@@ -74,7 +74,7 @@ def test_data_sets_by_path_are_the_same_data_set(scripts, run, base, data_root, 
         assert "NOT ZERO-SHOT" in capsys.readouterr().err
         assert (run / "loop_1_small.csv").exists()
     assert scripts("test", "--ckpt", base, "--dataset", tmp_path / "gone", data_root=tmp_path) == 2
-    assert "no such file; expected JSON lines" in capsys.readouterr().err
+    assert "no such folder or file" in capsys.readouterr().err
 
 
 def test_runs_of_one_base_share_its_row(scripts, run, base, other_root, tmp_path, capsys):
@@ -129,7 +129,8 @@ def test_contact_sheets_keep_the_first_images_of_each_kind_and_the_models_in_ord
         maps = numbers.view(-1, 1, 1).expand(-1, 64, 64).float()
         sheets.add(batch, [Prediction(maps + shift, numbers / 10 + shift) for shift in (0, 0.5)])
     kept = sheets.kept["candle"]
-    assert [[example.title for example in kept[label]] for label in (0, 1)] == [["0_0", "0_1"], ["1_0", "1_1"]]
+    titles = [[example.title for example in kept[label]] for label in (0, 1)]
+    assert titles == [["candle/0_0", "candle/0_1"], ["candle/1_0", "candle/1_1"]]
     assert [[panel.mean() for panel in example.maps] for example in kept[0]] == [[0, 0.5], [1, 1.5]]
     assert kept[0][1].scores == pytest.approx([0.1, 0.6])
     assert kept[1][0].mask.any() and not kept[0][0].mask.any()

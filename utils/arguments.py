@@ -190,7 +190,9 @@ def add_own_data_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--domain", choices=tuple(BLUR), help="of a data set that is not known; without it industrial")
     parser.add_argument(
         "--class_name",
-        help="what the images of a data set that is not known show, for the prompts; without it the folder's name",
+        type=_word,
+        help="what the images of a data set that is not known show, where all show one thing ('object' works for any); "
+        "without it the folder's name",
     )
 
 
@@ -225,6 +227,12 @@ def positive(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a number over 0")
     return value
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a name")
+    return text
 
 
 def _fraction(text: str) -> float:

@@ -55,7 +55,7 @@ def save(content: dict, path: Path) -> None:
 def read(path: Path) -> dict:
     """The dict in a checkpoint file, on the CPU. Raises FileNotFoundError, or ValueError for any other content."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint.")
+        raise FileNotFoundError(f"{path}: no such checkpoint. (train.py trains a base; ckpt/demo/base is one.)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes may raise anything
@@ -238,8 +238,8 @@ def check_data(state: dict, found: dict, folder: Path) -> None:
     if recorded != found:
         raise ValueError(
             f"{folder}: this run began with {recorded['images']} images to train on and {recorded['held_out']} held "
-            f"out; now there are {found['images']} and {found['held_out']}, or others of the same number. Bring the "
-            "earlier ones back to go on, or choose another --save_path."
+            f"out; now there are {found['images']} and {found['held_out']}, or others of the same number (where images "
+            "were added, --shot draws others). Bring back the folder as it was to go on, or choose another --save_path."
         )
 
 

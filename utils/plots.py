@@ -43,7 +43,7 @@ class ContactSheets:
             if len(examples) < self.count:
                 examples.append(
                     Example(
-                        title=Path(batch["path"][row]).stem,
+                        title="/".join(Path(batch["path"][row]).with_suffix("").parts[-2:]),
                         pixels=to_picture(batch["image"][row]),
                         mask=batch["mask"][row, 0].numpy(),
                         maps=[each.maps[row].cpu().numpy() for each in predictions],
