@@ -4,7 +4,8 @@
 
 Numbers of images that are not the published ones, missing and unreadable files, masks of another size than their
 image, empty masks of anomalous images, masks of normal images, and the same image twice: within a data set, in two of
-those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Exit code 0: nothing found; 1: see the list; 2: no such data set.
+those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Exit code 0:
+nothing found; 1: see the list; 2: no such data set.
 """
 
 import argparse
