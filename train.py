@@ -61,8 +61,7 @@ def main() -> None:
     trainer = start(args, run, None, on_stage_end)
     if trainer is not None:
         trainer.run()
-        names = ("dataset", "domain", "class_name", "shot")
-        same = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", str(value))]
+        same = arguments.given(args, "dataset", "domain", "class_name", "shot")
         command = ["python", "train_cross_attention.py", "--resume", str(trainer.folder), *same]
         logger.info("Done. Extend it: %s", shlex.join(command))
 

@@ -82,17 +82,11 @@ def call(log: Path, script: str, *words: object) -> None:
         raise TrainingError(f"Exit code {process.returncode}, see {log}: {shlex.join(command)}")
 
 
-def given(args: argparse.Namespace, *names: str) -> list[object]:
-    """Those of the arguments that the command names, to be handed on."""
-    values = {name: getattr(args, name) for name in names}
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", value)]
-
-
 def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
     """Train and test one seed; a row per model tested."""
     folder = REPOSITORY / "ckpt" / f"{args.name}_{seed}"
     base, log = folder / "base", folder / "output.log"
-    machine = given(args, "data_root", "clip_weights", "device", "num_workers", "precision")
+    machine = arguments.given(args, "data_root", "clip_weights", "device", "num_workers", "precision")
     common = ["--seed", seed, *machine]
     if args.train_dataset:
         common += ["--dataset", args.train_dataset]
@@ -107,7 +101,8 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
         bar.update()
         files |= {(name, loop): run / f"loop_{loop}.pth" for loop in loops}
     ckpts = [base, *(path for (_, loop), path in files.items() if loop)]
-    call(log, "test", "--ckpt", *ckpts, "--dataset", args.dataset, *given(args, "domain", "class_name"), *machine)
+    tested = arguments.given(args, "dataset", "domain", "class_name")
+    call(log, "test", "--ckpt", *ckpts, *tested, *machine)
     bar.update()
     return [
         {"variant": name, "loop": loop, "seed": seed}
@@ -116,13 +111,11 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
     ]
 
 
-def read_average(path: Path) -> dict[str, float]:
-    """The metrics of a data set's average, the last row of a CSV of test.py, NaN where undefined; and whether the model
-    was trained on the data set."""
+def read_average(path: Path) -> dict[str, float | str]:
+    """Of the average, the last row of a CSV of test.py: the metrics, NaN where undefined, and SEEN as it is."""
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    seen = {SEEN: rows[-1][SEEN]}
-    return {name: float(rows[-1][name] or "nan") for name in METRICS} | seen
+        *_, average = csv.DictReader(file)
+    return {name: float(average[name] or "nan") for name in METRICS} | {SEEN: average[SEEN]}
 
 
 def spread(values: list[float], signed: bool) -> str:

@@ -70,7 +70,6 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None, cl
     if info and class_name:
         raise ValueError(f"--class_name {class_name}: {place.name} has its own names; the flag is for other data sets.")
     records = named(read_place(place), class_name)
-    check_paths(records, place.folder)
     for line in count_differences(place.name, records):
         logger.warning("%s: %s.", place.name, line)
     classes = list(dict.fromkeys(record.class_name for record in records))
@@ -127,30 +126,31 @@ def _find_folder(name: str, root: Path) -> Path:
 
 
 def read_place(place: Place) -> list[Record]:
-    """The records of a data set, from its metadata, else from its folders; a known one's are written down then."""
-    if place.metadata:
-        return read_records(place.metadata)
-    records = list_folder(place)
-    if place.name in DATA_SETS:
-        check_paths(records, place.folder)
+    """The records of a data set, from its metadata, else from its folders; a known one's are written down then.
+
+    Raises FileNotFoundError where a file is missing.
+    """
+    listed, known = place.metadata is not None, place.name in DATA_SETS
+    records = read_records(place.metadata) if listed else list_folder(place)
+    if not listed and not known:
+        _report_own(records)
+    check_paths(records, place.folder)
+    if not listed and known:
         path = write_metadata(place, records)
         logger.info("%s: wrote %s, %d images of its official layout.", place.name, path, len(records))
-    else:
-        _report_own(records)
     return records
 
 
 def _report_own(records: list[Record]) -> None:
     """Say what was taken for what in a folder of own images."""
     for class_name, (normal, anomalous) in count_images(records).items():
-        masks = sum(record.class_name == class_name and record.mask_path is not None for record in records)
+        own = [record for record in records if record.class_name == class_name]
+        masks = sum(record.mask_path is not None for record in own)
         logger.info(
             "%s: %d normal images, %d anomalous ones, %d masks in its folder.", class_name, normal, anomalous, masks
         )
         if not normal:
-            kinds = sorted(
-                {Path(record.image_path).parent.name for record in records if record.class_name == class_name}
-            )
+            kinds = sorted({Path(record.image_path).parent.name for record in own})
             logger.warning(
                 "%s: no image is normal: folders called %s are, those found are defects: %s.",
                 class_name,

@@ -59,22 +59,28 @@ def test_without_augmentation_images_are_resized_as_published():
     assert torch.equal(Transform(32)(image, None)[1], torch.zeros(1, 32, 32))
 
 
-def augmented(stage: str, seed: int, image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+def image_that_is_its_mask(top: int, bottom: int) -> tuple[Image.Image, Image.Image, torch.Tensor]:
+    """A white rectangle on black as image and mask, which can so be compared after any movement, and its pixels."""
+    array = np.zeros((64, 64), dtype=np.uint8)
+    array[top:bottom, 20:50] = 255
+    mask = Image.fromarray(array)
+    image = Image.merge("RGB", [mask] * 3)
+    return image, mask, Transform(64)(image, mask)[0]
+
+
+def augmented(
+    image: Image.Image, mask: Image.Image, seed: int, augment: str = "published"
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
-    return Transform(64, stage)(image, mask)
+    return Transform(64, "text", augment)(image, mask)
 
 
 def test_augmentation_moves_image_and_mask_together_and_fills_with_zero():
-    # The image is its own mask, in white on black, so the two can be compared after any movement.
-    array = np.zeros((64, 64), dtype=np.uint8)
-    array[8:30, 20:50] = 255
-    mask = Image.fromarray(array)
-    image = Image.merge("RGB", [mask] * 3)
-    plain, _ = Transform(64)(image, mask)
+    image, mask, plain = image_that_is_its_mask(8, 30)
     white, black = plain.amax(dim=(1, 2)), plain.amin(dim=(1, 2))
     moved = filled = 0
     for seed in range(40):
-        pixels, target = augmented("text", seed, image, mask)
+        pixels, target = augmented(image, mask, seed)
         inside = target[0] > 0
         assert torch.allclose(pixels[:, inside], white.view(3, 1).expand(3, int(inside.sum())))
         outside = pixels[:, ~inside]
@@ -228,23 +234,20 @@ def test_truncated_and_empty_files_are_named(tmp_path):
 
 
 def test_smooth_augmentation_brings_in_the_reflected_image_with_its_mask():
-    # The image is its own mask again; what moves in is black or white too, never a fill.
-    array = np.zeros((64, 64), dtype=np.uint8)
-    array[:20, 20:50] = 255
-    mask = Image.fromarray(array)
-    image = Image.merge("RGB", [mask] * 3)
-    plain, _ = Transform(64)(image, mask)
+    # What moves in is black or white too, never a fill.
+    image, mask, plain = image_that_is_its_mask(0, 20)
     white, black = plain.amax(dim=(1, 2)), plain.amin(dim=(1, 2))
     grown = moved = 0
     for seed in range(40):
-        torch.manual_seed(seed)
-        pixels, target = Transform(64, "text", "smooth")(image, mask)
+        pixels, target = augmented(image, mask, seed, "smooth")
         brightness = ((pixels - black.view(3, 1, 1)) / (white - black).view(3, 1, 1)).mean(dim=0)
         assert target.unique().tolist() == [0, 1] and brightness.min() > -1e-3 and brightness.max() < 1 + 1e-3
         # Bilinear edges are between black and white; the mask runs within a pixel of their middle.
         assert ((brightness > 0.5) != (target[0] > 0)).float().mean() < 0.03
         moved += not torch.equal(pixels, plain)
-        grown += int(target.sum() > 1.1 * (array > 0).sum())  # of a defect at the border, the mirror image moves in
+        grown += int(
+            target.sum() > 1.1 * np.count_nonzero(mask)
+        )  # of a defect at the border, the mirror image moves in
     assert 30 <= moved <= 40 and grown > 3
 
 

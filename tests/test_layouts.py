@@ -20,7 +20,7 @@ from dataset.sets import find_dataset, open_dataset, write_metadata
 def picture(path: Path, mask: bool = False) -> None:
     """A small image unlike all others, or a mask with a defect."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(abs(hash(str(path)))).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(list(str(path).encode())).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     if mask:
         pixels = np.zeros((8, 8), dtype=np.uint8)
         pixels[2:5, 2:5] = 255

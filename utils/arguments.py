@@ -268,6 +268,12 @@ def workers_of(args: argparse.Namespace) -> int:
     return 4 if args.device.startswith("cuda") else 0
 
 
+def given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of the arguments that have a value, as words of a command line."""
+    values = {name: getattr(args, name) for name in names}
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings of a run, from the arguments of the same names."""
     return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})

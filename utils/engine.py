@@ -90,10 +90,11 @@ def load_training_data(settings: Settings, data_root: Path, img_size: int, in_me
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
-    check_files(data.folder, records)
-    _report_maskless(train)
     resized = Transform(img_size, augment=settings.augment)
     cache = cache_images(data.folder, records, resized) if in_memory else None
+    if cache is None:  # filling it has opened every file
+        check_files(data.folder, records)
+    _report_maskless(train)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
 
 

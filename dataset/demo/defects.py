@@ -52,6 +52,16 @@ class Site(NamedTuple):
         step = self.rng.uniform(65, 120)
         return np.float32(max(around - step, 8) if dark else min(around + step, 250))
 
+    def tint(self, image: np.ndarray) -> np.ndarray:
+        """A named colour, or its opposite where it is close to the product's own and would not show."""
+        colour = np.array(PALETTE[self.rng.choice(list(PALETTE))], dtype=np.float32)
+        x, y = self.centre.astype(int)
+        return 255 - colour if np.abs(image[y, x] - colour).max() < 70 else colour
+
+    def rim(self, taken: np.ndarray) -> np.ndarray:
+        """What lies around `taken`, on the product."""
+        return np.clip(cv2.dilate(taken, np.ones((3, 3), np.uint8)) - taken, 0, 1) * self.inside
+
 
 def scratch(image: np.ndarray, site: Site) -> np.ndarray:
     along = direction(site.rng)
@@ -77,28 +87,21 @@ def crack(image: np.ndarray, site: Site) -> np.ndarray:
 
 def hole(image: np.ndarray, site: Site) -> np.ndarray:
     taken = site.outline(blob(site.rng, 0.75, 0.1)) * site.inside
-    rim = np.clip(cv2.dilate(taken, np.ones((3, 3), np.uint8)) - taken, 0, 1) * site.inside
-    blend(image, np.float32(230), 0.5 * rim)
+    blend(image, np.float32(230), 0.5 * site.rim(taken))
     blend(image, np.float32(site.rng.uniform(5, 35)), taken)
     return taken
 
 
 def stain(image: np.ndarray, site: Site) -> np.ndarray:
     shape = cv2.GaussianBlur(site.outline(blob(site.rng, 1.0, 0.35)), (0, 0), site.size / 110) * site.inside
-    name = site.rng.choice(list(PALETTE))
-    colour = np.array(PALETTE[name], dtype=np.float32)
-    x, y = site.centre.astype(int)
-    if np.abs(image[y, x] - colour).max() < 70:  # a stain of the product's own colour would not show
-        colour = 255 - colour
-    blend(image, colour, site.rng.uniform(0.55, 0.85) * shape)
+    blend(image, site.tint(image), site.rng.uniform(0.55, 0.85) * shape)
     return shape
 
 
 def missing_piece(image: np.ndarray, site: Site) -> np.ndarray:
     taken = site.outline(blob(site.rng, 1.05, 0.3)) * site.inside
-    edge = np.clip(cv2.dilate(taken, np.ones((3, 3), np.uint8)) - taken, 0, 1) * site.inside
     blend(image, site.under, taken)
-    blend(image, np.float32(25), 0.6 * edge)
+    blend(image, np.float32(25), 0.6 * site.rim(taken))
     return taken
 
 
@@ -119,11 +122,7 @@ def thread(image: np.ndarray, site: Site) -> np.ndarray:
     path = t * along + 0.5 * np.sin(site.rng.uniform(1.5, 3.5) * t + site.rng.uniform(0, 6.3)) * across
     taken = site.stroke([path], site.rng.uniform(2.2, 3.6))
     image *= 1 - 0.35 * shifted(taken, *(-0.02 * site.size * site.light))[..., None]
-    colour = np.array(PALETTE[site.rng.choice(list(PALETTE))], dtype=np.float32)
-    x, y = site.centre.astype(int)
-    if np.abs(image[y, x] - colour).max() < 70:
-        colour = 255 - colour
-    blend(image, colour, taken)
+    blend(image, site.tint(image), taken)
     return taken
 
 
