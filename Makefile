@@ -7,10 +7,10 @@ BIN = .venv/bin
 # The main job on the demo model and rendered data; run again, it shows the table again.
 demo: .venv/installed
 	$(BIN)/python train_cross_attention.py @ckpt/demo/feedback.args
-	$(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth --dataset demo_test --pictures 3
+	$(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth --dataset demo_test --report
 	@echo 'Next, the control: is it more than longer training?'
 	@echo '  $(BIN)/python train_cross_attention.py @ckpt/demo/feedback.args --feedback off --no_text_cross_attn --no_image_cross_attn --save_path ckpt/demo_longer'
-	@echo '  $(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth ckpt/demo_longer/loop_3.pth --dataset demo_test'
+	@echo '  $(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth --control ckpt/demo_longer --dataset demo_test'
 
 # All tests, without network; lint first, because it takes a second.
 test: lint

@@ -45,6 +45,7 @@ class PromptBank:
     """
 
     def __init__(self, backbone: Backbone, descriptions: dict[str, str]):
+        self.descriptions = descriptions
         self.index = {name: number for number, name in enumerate(descriptions)}
         unknown = {word for description in descriptions.values() for word in backbone.unknown_words(description)}
         if unknown:
@@ -261,10 +262,13 @@ def stage2_loss(
 
 
 class Prediction(NamedTuple):
-    """`maps` [B, S, S], higher where more anomalous, unbounded; `scores` [B], the detection scores, in [0, 1]."""
+    """`maps` [B, S, S], higher where more anomalous, unbounded; `scores` [B], the detection scores, in [0, 1];
+    `single` [B], image scores in [0, 1] that need no other image.
+    """
 
     maps: Tensor
     scores: Tensor
+    single: Tensor
 
 
 def check_grid(grid: int, domain: str) -> None:
@@ -288,6 +292,18 @@ def anomaly_map(patches: list[Tensor], anchors: Tensor, scale: Tensor, size: int
     return resize_map(gaussian_blur(summed, [kernel, kernel], [sigma, sigma]), size).squeeze(1)
 
 
+def single_scores(maps: Tensor, scores: Tensor, scale: Tensor, levels: int, domain: str) -> Tensor:
+    """Scores of images alone [B], from their maps [B, S, S] and detection scores [B].
+
+    The published image score needs the extremes of a whole class. Here the highest map value is taken back to what it
+    is made of, the mean over levels of abnormal - normal cosine, and brought from [-2, 2] to [0, 1]; the score is half
+    that, half the detection score (medical: that alone), as in the published mixture.
+    """
+    difference = (2 * maps.amax(dim=(1, 2)) - levels) / (levels * scale)
+    highest = (difference + 2) / 4
+    return highest if domain == "medical" else (scores + highest) / 2
+
+
 @torch.no_grad()
 def predict(
     model: CrossAttentionCLIP,
@@ -297,8 +313,9 @@ def predict(
     domain: str,
     precision: str = "fp32",
 ) -> Prediction:
-    """Anomaly maps and detection scores of images [B, 3, S, S]; all that evaluates a model calls this."""
+    """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this."""
     features, anchors = encode(model, images, class_names, text, precision)
-    maps = anomaly_map(features.patches, anchors, model.backbone.scale, images.shape[-1], domain)
+    scale = model.backbone.scale
+    maps = anomaly_map(features.patches, anchors, scale, images.shape[-1], domain)
     scores = ((features.det.float() * anchors[..., 1]).sum(dim=-1) + 1) / 2
-    return Prediction(maps, scores)
+    return Prediction(maps, scores, single_scores(maps, scores, scale, len(features.patches), domain))

@@ -2,61 +2,40 @@
 
     python test.py --ckpt ckpt/<run>/loop_3.pth --dataset MVTec
 
---ckpt takes loop files, run folders (all their loops) and base models; several at once. Prints a table per data set
-and writes a CSV file beside each checkpoint; --pictures adds a sheet of anomaly maps per class.
+--ckpt takes loop files, run folders (all their loops) and base models; several at once. Prints a table per data set:
+metrics, differences from the base with 95 % intervals, means over seeds. Writes them by class and by image beside each
+checkpoint (CSV), and beside the last one as a whole (JSON and LaTeX). --pictures adds sheets of anomaly maps, --report
+everything in one HTML file. --image_idx shows one image across the base and all loops, without metrics.
 """
 
 import argparse
-import csv
 import logging
-import math
-import re
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.loading import AnomalyDataset, make_loader
-from dataset.sets import DataSet, canonical_name, open_dataset
-from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
-from model.adapter_cross_attention import CrossAttentionCLIP
-from model.backbone import load_backbone
-from utils import arguments
-from utils.checkpoints import TEXT_FILE, Checkpoint, build_model, load_checkpoint, loop_files
+from dataset.sets import DataSet, open_all, open_dataset
+from forward_utils_cross_attention import PromptBank, check_grid
+from utils import arguments, pictures, tables
+from utils.bootstrap import RESAMPLES
 from utils.cli import run_script
-from utils.logs import progress
-from utils.metrics import METRICS, ClassScores, mean_over_classes
-from utils.plots import ContactSheets
+from utils.evaluation import Batching, ModelBuilder, Tested, evaluate, load_models
+from utils.report import Chapter, write_report
 
 logger = logging.getLogger("test")
 
-AVERAGE = "average"
-
-
-@dataclass
-class Tested:
-    """A model under test: its results by class, and the base it is compared with (None for a base)."""
-
-    checkpoint: Checkpoint
-    model: CrossAttentionCLIP
-    base: "Tested | None" = None
-    results: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        path = self.checkpoint.path
-        name = f"{path.parent.name}/{path.stem}" if self.checkpoint.is_loop_file else path.name
-        return name if self.base else f"{name} (base)"
-
-    def was_trained_on(self, data: DataSet) -> bool | str:
-        """Whether the model has seen this data set, "unknown" where its base does not tell."""
-        seen = {canonical_name(name) for name in self.checkpoint.seen()}
-        return data.name in seen or ("unknown" if "unknown" in seen else False)
+# Images of a kind per class in the sheets of a report.
+REPORT_PICTURES = 3
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--ckpt", type=Path, nargs="+", required=True, help="loop files, run folders or base models")
+    parser.add_argument("--ckpt", type=Path, nargs="+", default=[], help="loop files, run folders or base models")
+    parser.add_argument(
+        "--control",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="runs to compare with, loop by loop, beside the base: longer training without the extension, one per seed",
+    )
     parser.add_argument(
         "--dataset",
         nargs="+",
@@ -68,204 +47,117 @@ def parse_arguments() -> argparse.Namespace:
         "--batch_size", type=arguments.at_least(1), default=8, help="images per forward; results do not depend on it"
     )
     parser.add_argument(
+        "--resamples", type=arguments.at_least(1), default=RESAMPLES, help="of the images, for the intervals"
+    )
+    parser.add_argument("--seed", type=arguments.at_least(0), default=0, help="of the resamples")
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
         "--pictures",
         type=arguments.at_least(0),
         default=0,
-        help="anomalous and normal images per class in the sheets of anomaly maps; 0 for none",
+        help="anomalous and normal images per class in the sheets of anomaly maps, of the last checkpoint beside its "
+        "base; 0 for none",
+    )
+    group.add_argument(
+        "--report", action="store_true", help="write report.html, with pictures, beside the last checkpoint"
+    )
+    group.add_argument("--list_images", action="store_true", help="print the images with their numbers, and stop")
+    group.add_argument(
+        "--image_idx",
+        type=arguments.at_least(0),
+        help="draw this image of --class_name (a class of the data set, needed where it has several) across the base "
+        "and the loops of --ckpt, and stop",
     )
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_run_arguments(parser)
     return parser.parse_args()
 
 
-def checkpoints_of(path: Path) -> list[Checkpoint]:
-    """The checkpoints that an argument of --ckpt names: one, or all loops of a run folder."""
-    if path.is_dir() and not (path / TEXT_FILE).is_file() and loop_files(path):
-        return [load_checkpoint(file) for file in loop_files(path)]
-    return [load_checkpoint(path)]
+def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
+    """The data sets of --dataset; where one image is asked for, --class_name may be one of its classes."""
+    named = {"domain": args.domain, "class_name": args.class_name}
+    if args.class_name is None or (args.image_idx is None and not args.list_images):
+        return open_all(args.dataset, args.data_root, **named)
+    data_sets = open_all(args.dataset, args.data_root, domain=args.domain)
+    for number, data in enumerate(data_sets):
+        if args.class_name not in data.descriptions:
+            if len(data.descriptions) > 1:
+                raise ValueError(f"--class_name {args.class_name}: {data.name} has {', '.join(data.descriptions)}.")
+            data_sets[number] = open_dataset(args.dataset[number], args.data_root, **named)
+    return data_sets
 
 
-def base_of(checkpoint: Checkpoint) -> Checkpoint | None:
-    """The loop_0.pth that a loop is compared with; None for a base. Raises FileNotFoundError where it is missing."""
-    if checkpoint.loop == 0:
-        return None
-    return load_checkpoint(checkpoint.path.parent / "loop_0.pth")
+def class_of_image(data: DataSet, class_name: str | None, index: int) -> str:
+    """The class of --image_idx. Raises ValueError where it is not said, or has no such image."""
+    if class_name is None and len(data.descriptions) > 1:
+        raise ValueError(f"--image_idx {index}: say of which --class_name: {', '.join(data.descriptions)}.")
+    class_name = class_name or next(iter(data.descriptions))
+    count = len(data.of_class(class_name))
+    if index >= count:
+        raise ValueError(f"--image_idx {index}: {class_name} has images 0 to {count - 1}.")
+    return class_name
 
 
-def identity(checkpoint: Checkpoint) -> str:
-    """The same for two checkpoints of one model: a base is known by the hashes of its files, whatever run it is in."""
-    if checkpoint.loop == 0:
-        return " ".join(sorted(checkpoint.base["sha256"].values()))
-    return str(checkpoint.path.resolve())
-
-
-def collect(paths: list[Path]) -> dict[str, tuple[Checkpoint, str | None]]:
-    """{identity: (checkpoint, identity of its base)} of all that is asked for; each base comes before its loops."""
-    found = {}
-    for path in paths:
-        for checkpoint in checkpoints_of(path):
-            base = base_of(checkpoint)
-            if base is not None:
-                found.setdefault(identity(base), (base, None))
-            found.setdefault(identity(checkpoint), (checkpoint, identity(base) if base else None))
-    return found
-
-
-def load_models(args: argparse.Namespace) -> list[Tested]:
-    """Every checkpoint asked for and its base, all on one backbone. Raises ValueError where theirs differ."""
-    device = arguments.device_of(args)
-    tested: dict[str, Tested] = {}
-    shared = backbone = None
-    for key, (checkpoint, base) in collect(args.ckpt).items():
-        config, assumed = arguments.resolve_model(args, checkpoint)
-        if assumed:
-            logger.info("%s names no backbone. Assumed: %s", checkpoint.path, " ".join(assumed))
-        own = (config.model_name, config.img_size, config.quick_gelu)
-        if backbone is None:
-            shared, backbone = own, load_backbone(*own, args.clip_weights)
-        if own != shared:
-            raise ValueError(
-                f"{checkpoint.path}: its backbone (name, size in px, quick-GELU) is {own}, "
-                f"that of the others {shared}. Test them in two calls."
-            )
-        model = build_model(config, backbone, checkpoint, device)
-        model.set_stage(None)
-        tested[key] = Tested(checkpoint, model, tested[base] if base else None)
-    return list(tested.values())
-
-
-def evaluate(tested: list[Tested], data: DataSet, bank: PromptBank, args: argparse.Namespace) -> None:
-    """Fill in the results of every model on `data` in one pass over its images, which come class by class.
-
-    With --pictures, writes each class's contact sheet.
-    """
-    backbone = tested[0].model.backbone
-    texts = [ClassText(each.model, bank, fixed=True) for each in tested]
-    for each in tested:
-        each.results.clear()
-    records = [record for class_name in data.descriptions for record in data.of_class(class_name)]
-    left = Counter(record.class_name for record in records)
-    scores: dict[str, list[ClassScores]] = {}  # of the classes in hand: at most those of one batch
-    images = AnomalyDataset(data.folder, records, Transform(backbone.img_size))
-    sheets = ContactSheets([each.name for each in tested], args.pictures)
-    with progress(total=len(records), desc=data.name, unit="image") as bar:
-        for batch in make_loader(images, args.batch_size, arguments.workers_of(args)):
-            pixels = batch["image"].to(backbone.device)
-            names = batch["class_name"]
-            predictions = [
-                predict(each.model, pixels, names, text, data.domain, args.precision)
-                for each, text in zip(tested, texts, strict=True)
-            ]
-            for class_name in dict.fromkeys(names):
-                if class_name not in scores:
-                    scores[class_name] = [ClassScores(data.domain) for _ in tested]
-                rows = [row for row, name in enumerate(names) if name == class_name]
-                for kept, prediction in zip(scores[class_name], predictions, strict=True):
-                    kept.add(prediction, batch, rows)
-            if args.pictures:
-                sheets.add(batch, predictions)
-            left.subtract(names)
-            for class_name in [name for name in scores if not left[name]]:
-                for each, kept in zip(tested, scores.pop(class_name), strict=True):
-                    each.results[class_name] = kept.metrics()
-                if args.pictures:
-                    sheets.write(class_name, picture_folder(tested[-1], data) / f"{file_name(class_name)}.png")
-            bar.update(len(pixels))
-    for each in tested:
-        each.results[AVERAGE] = mean_over_classes(list(each.results.values()))
-
-
-def file_name(class_name: str) -> str:
-    """A class name as a file name on every system."""
-    return re.sub(r"[^\w.-]", "_", class_name)
-
-
-def picture_folder(last: Tested, data: DataSet) -> Path:
-    """Where the contact sheets of a data set go: beside the last checkpoint."""
-    path = last.checkpoint.path
-    return (path.parent if last.checkpoint.is_loop_file else path) / f"pictures_{data.name}"
-
-
-def differences(each: Tested, class_name: str) -> dict[str, float]:
-    """Results less the base's; NaN where a metric is undefined."""
-    return {name: each.results[class_name][name] - each.base.results[class_name][name] for name in METRICS}
-
-
-def percent(value: float, signed: bool = False) -> str:
-    """A metric in percent, or n/a."""
-    return "n/a" if math.isnan(value) else f"{100 * value:{'+' if signed else ''}.2f}"
-
-
-def table(tested: list[Tested]) -> str:
-    """Results of all models, class by class, and for those with a base the differences, in percent."""
-    width = max(24, *(len(each.name) + 4 for each in tested))
-    lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):>14}" for name in METRICS)]
-    classes = [name for name in tested[0].results if name != AVERAGE or len(tested[0].results) > 2]
-    for class_name in classes:
-        lines.append(class_name)
-        for each in tested:
-            lines.append(
-                f"  {each.name:{width - 2}}" + "".join(f"{percent(each.results[class_name][m]):>14}" for m in METRICS)
-            )
-            if each.base:
-                moved = differences(each, class_name)
-                lines.append(
-                    f"  {'  less its base':{width - 2}}" + "".join(f"{percent(moved[m], True):>14}" for m in METRICS)
-                )
+def list_images(data: DataSet, class_name: str | None) -> str:
+    """Class, number, label and path of each image."""
+    lines = [f"{data.name}: class, --image_idx, label, image"]
+    for name in [class_name] if class_name else data.descriptions:
+        for number, record in enumerate(data.of_class(name)):
+            lines.append(f"{name}  {number:5}  {'anomalous' if record.label else 'normal':9}  {record.image_path}")
     return "\n".join(lines)
 
 
-def write_csv(each: Tested, data: DataSet, precision: str) -> Path:
-    """Write a model's results beside its checkpoint: <loop>_<data set>.csv, in a base's folder base_<data set>.csv."""
-    path = each.checkpoint.path
-    stem = path.with_suffix("") if each.checkpoint.is_loop_file else path / "base"
-    file_path = stem.with_name(f"{stem.name}_{data.name}.csv")
-    rows = []
-    for class_name, found in each.results.items():
-        records = data.records if class_name == AVERAGE else data.of_class(class_name)
-        row = {"checkpoint": path.as_posix(), "dataset": data.name, "class": class_name}
-        row |= {"normal": sum(r.label == 0 for r in records), "anomalous": sum(r.label for r in records)}
-        row |= found
-        if each.base:
-            row |= {f"{name}_base": value for name, value in each.base.results[class_name].items()}
-            row |= {f"{name}_difference": value for name, value in differences(each, class_name).items()}
-        row |= {"trained_on_this_data_set": each.was_trained_on(data)}
-        rows.append(row | {"img_size": each.model.config.img_size, "precision": precision})
-    with open(file_path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(
-            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows
-        )
-    return file_path
+def compare(
+    tested: list[Tested], data: DataSet, bank: PromptBank, batching: Batching, args: argparse.Namespace
+) -> Chapter:
+    """Test all models on a data set: print the table, write the files, draw what is asked for."""
+    subject = tested[-1]
+    evaluate(tested, data, bank, batching, args.resamples, args.seed)
+    table = tables.text_table(tested, data, tables.shown_classes(tested))
+    print(f"\n{data.name}: {len(data.records)} images, in percent\n{table}", *tables.notes(tested, data), sep="\n")
+    files = [path for each in tested for path in tables.write_results(each, data, args.precision)]
+    whole = f"comparison_{data.name}"
+    files.append(tables.write_json(tested, data, subject.folder / f"{whole}.json", args.resamples))
+    files.append(tables.write_latex(tested, data, subject.folder / f"{whole}.tex"))
+    logger.info("Wrote %s", ", ".join(map(str, files)))
+    sheets, one_image, curves = [], [], None
+    count = args.pictures or (REPORT_PICTURES if args.report else 0)
+    if count:
+        sheets = pictures.draw_sheets(subject, data, bank, batching, count)
+        curves = pictures.draw_loops(tested, data)
+        logger.info("Pictures: %s", pictures.picture_folder(subject, data))
+    if args.report:
+        class_name = subject.classes[0]
+        index = pictures.choose(subject, class_name, 1)[0]
+        one_image = pictures.draw_one(tested, data, bank, batching, class_name, index)
+    return Chapter.of(tested, data, sheets, curves, one_image)
 
 
 def main() -> None:
     args = parse_arguments()
-    data_sets = [open_dataset(name, args.data_root, args.domain, args.class_name) for name in args.dataset]
-    name, count = Counter(data.name for data in data_sets).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"--dataset: {count} are called {name}, and so would be their files. Test them in two calls.")
-    tested = load_models(args)
+    data_sets = open_data_sets(args)
+    if args.list_images:
+        for data in data_sets:
+            print(list_images(data, args.class_name))
+        return
+    if not args.ckpt:
+        raise ValueError("--ckpt is needed: loop files, run folders or base models.")
+    if args.image_idx is not None:
+        classes = [class_of_image(data, args.class_name, args.image_idx) for data in data_sets]
+    tested = load_models(args.ckpt, args.control, ModelBuilder(args))
     backbone = tested[0].model.backbone
     for data in data_sets:
         check_grid(backbone.grid, data.domain)
     banks = [PromptBank(backbone, data.descriptions) for data in data_sets]
-    for data, bank in zip(data_sets, banks, strict=True):
-        evaluate(tested, data, bank, args)
-        print(f"\n{data.name}: {len(data.records)} images, in percent\n{table(tested)}")
-        files = [write_csv(each, data, args.precision) for each in tested]
-        logger.info("Wrote %s", ", ".join(map(str, files)))
-        if args.pictures:
-            logger.info("Pictures of the anomaly maps: %s", picture_folder(tested[-1], data))
-        seen = [each.name for each in tested if each.was_trained_on(data) is True]
-        if seen:
-            logger.warning(
-                "NOT ZERO-SHOT: trained on %s, the data set of this test: %s. "
-                "These numbers say how well it fits, not how well it transfers.",
-                data.name,
-                ", ".join(seen),
-            )
+    batching = Batching(args.batch_size, arguments.workers_of(args), args.precision)
+    if args.image_idx is not None:
+        for data, bank, class_name in zip(data_sets, banks, classes, strict=True):
+            paths = pictures.draw_one(tested, data, bank, batching, class_name, args.image_idx)
+            logger.info("Wrote %s", ", ".join(map(str, paths)))
+        return
+    chapters = [compare(tested, data, bank, batching, args) for data, bank in zip(data_sets, banks, strict=True)]
+    if args.report:
+        logger.info("Report: %s", write_report(tested, chapters))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def on_stage_end(trainer: Trainer, stage: Stage) -> None:
         "config": trainer.plan.header["config"],
         "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
     }
+    if stage.name == "image":
+        content["calibration"] = trainer.calibrate()
     checkpoints.save(content, path)
     logger.info("Saved %s", path)
 

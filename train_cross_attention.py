@@ -11,15 +11,26 @@ import argparse
 import logging
 from pathlib import Path
 
-from forward_utils_cross_attention import FEEDBACK
-from utils import arguments, checkpoints
+import torch
+
+from dataset.images import check_files
+from dataset.sets import DataSet, canonical_name, open_all
+from forward_utils_cross_attention import FEEDBACK, PromptBank, check_grid
+from model.adapter_cross_attention import CrossAttentionCLIP
+from utils import arguments, checkpoints, tables
+from utils.bootstrap import RESAMPLES
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
 from utils.engine import Trainer
+from utils.evaluation import Batching, evaluate, load_models
 from utils.plan import Run, Stage, plan_stages
+from utils.plots import draw_training
 from utils.start import start
 
 logger = logging.getLogger("train_cross_attention")
+
+# Images per forward of --eval_dataset; results do not depend on it.
+EVAL_BATCH = 8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,6 +80,12 @@ def parse_arguments() -> argparse.Namespace:
         default="reset",
         help="Adam's moments at the start of later loops",
     )
+    parser.add_argument(
+        "--eval_dataset",
+        nargs="+",
+        default=[],
+        help="data sets to test every loop on, beside the base, as test.py does; nothing is chosen by it",
+    )
     arguments.add_training_arguments(parser, stage1_levels="all")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_run_arguments(parser)
@@ -111,16 +128,37 @@ def save_loop(trainer: Trainer, loop: int) -> None:
         **trainer.plan.header,
         "loop": loop,
         "metrics": trainer.metrics,
+        "calibration": trainer.calibrate(),
         "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
     }
     checkpoints.save(content, path)
     logger.info("Saved %s", path)
 
 
-def on_stage_end(trainer: Trainer, stage: Stage) -> None:
-    """A loop ends with Stage 2."""
-    if stage.name == "image":
-        save_loop(trainer, stage.loop)
+def open_eval_sets(args: argparse.Namespace) -> list[DataSet]:
+    """The data sets of --eval_dataset, their files checked, so that a bad one is found before training."""
+    data_sets = open_all(args.eval_dataset, args.data_root)
+    for data in data_sets:
+        check_files(data.folder, data.records)
+    return data_sets
+
+
+def test_loop(trainer: Trainer, loop: int, data_sets: list[DataSet], banks: list[PromptBank]) -> None:
+    """Test a loop that was saved beside the base, as test.py does, and log the row of the average."""
+    backbone, precision = trainer.model.backbone, trainer.settings.precision
+
+    def build(checkpoint: Checkpoint) -> CrossAttentionCLIP:
+        return checkpoints.build_model(trainer.plan.config, backbone, checkpoint, trainer.device)
+
+    batching = Batching(EVAL_BATCH, trainer.num_workers, precision)
+    for data, bank in zip(data_sets, banks, strict=True):
+        with torch.random.fork_rng():  # the training's generator must not move
+            tested = load_models([trainer.folder / f"loop_{loop}.pth"], [], build)
+        evaluate(tested, data, bank, batching, RESAMPLES, seed=0)
+        for each in tested:
+            tables.write_results(each, data, precision)
+        table = tables.text_table(tested, data, tables.shown_classes(tested)[-1:])
+        logger.info("\n".join([f"{data.name}, in percent", table, *tables.notes(tested, data)]))
 
 
 def main() -> None:
@@ -136,10 +174,28 @@ def main() -> None:
     config, assumed = arguments.resolve_model(args, checkpoint, defaults=both)
     settings = arguments.settings_of(args)
     loops = range(checkpoint.loop + 1 if checkpoint else 1, args.loops + 1)
-    files = [*(f"loop_{loop}.pth" for loop in (0, *loops)), "state.pth", "train.log", "log.csv"]
-
+    files = [*(f"loop_{loop}.pth" for loop in (0, *loops)), "state.pth", "train.log", "log.csv", "training.png"]
+    files += [f"loop_<k>_{canonical_name(name)}.csv, _images.csv" for name in args.eval_dataset]
+    files += ["tensorboard/"] if args.tensorboard else []
     base = start_of(checkpoint) if checkpoint else {}
     run = Run(config, settings, plan_stages(settings, loops), run_folder(args), files, base)
+
+    data_sets = [] if args.dry_run else open_eval_sets(args)
+    banks: list[PromptBank] = []
+
+    def on_stage_end(trainer: Trainer, stage: Stage) -> None:
+        """A loop ends with Stage 2."""
+        if stage.name == "image":
+            save_loop(trainer, stage.loop)
+            draw_training(trainer.folder / "log.csv", trainer.folder / "training.png")
+            test_loop(trainer, stage.loop, data_sets, banks)
+
+    def on_start(trainer: Trainer) -> None:
+        backbone = trainer.model.backbone
+        for data in data_sets:
+            check_grid(backbone.grid, data.domain)
+            banks.append(PromptBank(backbone, data.descriptions))
+        keep_base(trainer)
 
     def keep_base(trainer: Trainer) -> None:
         if assumed:
@@ -151,7 +207,7 @@ def main() -> None:
         else:
             save_loop(trainer, 0)
 
-    trainer = start(args, run, checkpoint, on_stage_end, on_start=keep_base)
+    trainer = start(args, run, checkpoint, on_stage_end, on_start=on_start)
     if trainer is not None:
         trainer.run()
         last = trainer.folder / f"loop_{args.loops}.pth"

@@ -27,8 +27,9 @@ from utils import arguments
 from utils.cli import run_script
 from utils.engine import StopSignal, TrainingError, TrainingStoppedError
 from utils.logs import progress
-from utils.metrics import METRICS
+from utils.metrics import IMAGE_METRICS, PIXEL_METRICS
 
+METRICS = PIXEL_METRICS + IMAGE_METRICS
 NO_MODULES = ["--no_text_cross_attn", "--no_image_cross_attn"]
 CONTROL = "longer base"
 SEEN = "trained_on_this_data_set"

@@ -32,9 +32,14 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return _to_rgb(_turned(image), "white")
+            return as_rgb(image)
     except BROKEN as error:
         raise ValueError(f"{path}: not readable as an image ({error}).") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The same of an image that is open. Raises ValueError for pixels of other kinds."""
+    return _to_rgb(_turned(image), "white")
 
 
 def _orientation(image: Image.Image) -> int:

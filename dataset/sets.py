@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None, cl
         logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", place.name, "', '".join(plain))
     descriptions = {each: description for each, (description, _) in described.items()}
     return DataSet(place.name, place.folder, info.domain if info else domain or next(iter(BLUR)), records, descriptions)
+
+
+def open_all(names: list[str], data_root: str | Path, **own: str | None) -> list[DataSet]:
+    """`open_dataset` of several. Raises ValueError where two have one name, and so would the files about them."""
+    data_sets = [open_dataset(name, data_root, **own) for name in names]
+    for name, count in Counter(data.name for data in data_sets).items():
+        if count > 1:
+            raise ValueError(
+                f"{count} data sets are called {name}, and so would be their files. Test them in two calls."
+            )
+    return data_sets
 
 
 def find_dataset(name: str, data_root: str | Path) -> Place:

@@ -7,6 +7,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,18 +63,29 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        attended = F.scaled_dot_product_attention(*self._heads(x, context), attn_mask=_over_heads(mask))
+        return x + self.weight * self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def attention(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much each query looks at each part of the context: mean over heads, [B, Q, K], rows that sum to 1."""
+        query, key, _ = self._heads(x, context)
+        # Attention gives back what each key's value is: one-hot values give the weights.
+        values = torch.eye(key.shape[2], device=key.device, dtype=key.dtype).expand(*key.shape[:2], -1, -1)
+        return F.scaled_dot_product_attention(query, key, values, attn_mask=_over_heads(mask)).mean(dim=1)
+
+    def _heads(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each [B, heads, T, inner width / heads]."""
         if len(x) != len(context):
             raise ValueError(f"Each of the {len(x)} queries needs its own context, found {len(context)}.")
         context = F.layer_norm(context, context.shape[-1:])
         query = self.q_proj(F.layer_norm(x, x.shape[-1:]))
-        heads = (
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # B T inner -> B heads T inner/heads
-            for part in (query, self.k_proj(context), self.v_proj(context))
-        )
-        if mask is not None:
-            mask = mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(*heads, attn_mask=mask)
-        return x + self.weight * self.out_proj(attended.transpose(1, 2).flatten(2))
+        parts = (query, self.k_proj(context), self.v_proj(context))
+        return tuple(part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+
+
+def _over_heads(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[:, None, None, :]
 
 
 class CrossAttentionModule(CrossAttention):

@@ -310,6 +310,11 @@ class Backbone(nn.Module):
         ids = self._tokenizer(prompts, context_length=limit)
         return ids[:, : int(ids.argmax(dim=-1).max()) + 1].to(self.device)
 
+    def token_texts(self, prompt: str) -> list[str]:
+        """What each token of a prompt stands for, from start to end of text."""
+        pieces = [self._tokenizer.decode([token]).strip() for token in self._tokenizer.encode(prompt)]
+        return ["<start>", *pieces, "<end>"]
+
     def unknown_words(self, text: str) -> list[str]:
         """The words of `text` that this CLIP was never trained on: their embedding is zero (no one's in OpenAI's)."""
         known = self.clip.token_embedding.weight.any(dim=1)

@@ -72,14 +72,16 @@ def move_cross_attention(model: CrossAttentionCLIP) -> None:
 
 
 class Scripts:
-    """Calls train.py, train_cross_attention.py and test.py in this process; returns their exit code."""
+    """Calls the scripts of the repository in this process; returns their exit code."""
 
     def __init__(self, monkeypatch, data_root: Path):
         self.monkeypatch, self.data_root = monkeypatch, data_root
 
     def __call__(self, script: str, *arguments: object, data_root: Path | None = None) -> int:
         module = importlib.import_module(script)
-        command = [f"{script}.py", *map(str, arguments), "--data_root", str(data_root or self.data_root)]
+        command = [f"{script}.py", *map(str, arguments)]
+        if script != "predict":  # which has no data set
+            command += ["--data_root", str(data_root or self.data_root)]
         self.monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as exit_info:
             run_script(module.main)

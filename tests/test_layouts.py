@@ -312,8 +312,8 @@ def test_training_and_testing_on_images_without_masks(tmp_path, scripts, capsys)
     assert scripts("test", "--ckpt", base, "--dataset", folder, "--class_name", "metal bolt", "--device", "cpu") == 0
     captured = capsys.readouterr()
     assert "metal bolt" in captured.out and "NOT ZERO-SHOT" in captured.err
-    values = captured.out.split("base (base)")[1].split()
-    assert values[:2] == ["n/a", "n/a"] and "n/a" not in values[2:4]
+    values = captured.out.split("  base ")[1].split()
+    assert values[:4] == ["n/a"] * 4 and "n/a" not in values[4:]
 
 
 def spoiled_tree(root: Path) -> None:

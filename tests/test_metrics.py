@@ -1,71 +1,164 @@
-"""Metrics against scikit-learn, and the published mixture of image scores."""
+"""Metrics against scikit-learn and a plain AUPRO, and the published mixture of image scores."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 
 from forward_utils_cross_attention import Prediction
-from utils.metrics import METRICS, ClassScores, ScoreCounts, mean_over_classes, min_max, score_keys
+from utils.calibration import Calibration
+from utils.metrics import (
+    METRICS,
+    ClassScores,
+    ImageHistograms,
+    PixelCounts,
+    check_finite,
+    curve_metrics,
+    find_defects,
+    image_pixel_ap,
+    mean_over_classes,
+    min_max,
+    score_keys,
+)
+
+KINDS = ["random", "far", "crowded", "tied", "constant", "tiny"]
 
 
-def values(kind: str, rng: np.random.Generator) -> np.ndarray:
-    return {
-        "normal": rng.normal(0, 5, 20000),
-        "far": 150 + rng.normal(0, 3, 20000),
-        "tied": rng.integers(0, 6, 20000).astype(float),
-        "constant": np.full(20000, 1.5),
-        "tiny": np.array([0.1, 0.7, 0.7, -3.0]),
-    }[kind].astype(np.float32)
+def maps_and_masks(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and masks [images, S, S]: defects are rectangles, and higher scores lean towards them."""
+    rng = np.random.default_rng(KINDS.index(kind))
+    shape = (2, 2, 2) if kind == "tiny" else (8, 40, 40)
+    masks = np.zeros(shape, dtype=bool)
+    for mask in masks[::2]:
+        for _ in range(1 if kind == "tiny" else 3):
+            top, left = rng.integers(0, shape[1] - shape[1] // 4, 2)
+            mask[top : top + rng.integers(1, 12), left : left + rng.integers(1, 12)] = True
+    leaning = rng.normal(0, 1, shape) + 1.5 * masks
+    maps = {
+        "random": 5 * leaning,
+        "far": 150 + 3 * leaning,
+        "crowded": 1 + 0.01 * leaning,
+        "tied": np.round(2 * leaning),
+        "constant": np.full(shape, 1.5),
+        "tiny": leaning,
+    }[kind]
+    return maps.astype(np.float32), masks
 
 
-@pytest.mark.parametrize("kind", ["normal", "far", "tied", "constant", "tiny"])
-def test_counts_agree_with_scikit_learn(kind):
-    rng = np.random.default_rng(0)
-    scores = values(kind, rng)
-    labels = (rng.random(len(scores)) < 0.1 + 0.1 * (scores > np.median(scores))).astype(int)
-    labels[:2] = [0, 1]
-    counts = ScoreCounts()
-    for part in np.array_split(np.arange(len(scores)), 3):
-        counts.add(torch.from_numpy(scores[part]), torch.from_numpy(labels[part]))
-    auroc, average_precision = counts.auroc_ap()
-    assert auroc == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
-    assert average_precision == pytest.approx(average_precision_score(labels, scores), abs=1e-4)
+def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """AUPRO by its definition: every threshold, every region, then the area up to the limit by trapezoids."""
+    regions = [
+        (number, label == index)
+        for number, mask in enumerate(masks)
+        for label, count in [ndimage.label(mask, structure=np.ones((3, 3)))]
+        for index in range(1, count + 1)
+    ]
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(maps)[::-1]:
+        found = maps >= threshold
+        overlap = np.mean([found[number][region].mean() for number, region in regions])
+        points.append(((found & ~masks).sum() / (~masks).sum(), overlap))
+    fpr, overlap = np.array(points).T
+    inside = fpr <= limit
+    ends = np.interp(limit, fpr, overlap) if not inside.all() else overlap[-1]
+    x, y = np.append(fpr[inside], limit), np.append(overlap[inside], ends)
+    return float(np.trapezoid(y, x) / limit)
+
+
+def count(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    counts = PixelCounts()
+    for one, mask in zip(maps, masks, strict=True):
+        counts.add(torch.from_numpy(one), find_defects(mask))
+    return counts.metrics()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixel_metrics_agree_with_every_pixels_own_score(kind):
+    maps, masks = maps_and_masks(kind)
+    found, labels, scores = count(maps, masks), masks.ravel(), maps.ravel()
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    expected = {
+        "auroc": roc_auc_score(labels, scores),
+        "ap": average_precision_score(labels, scores),
+        "f1": (2 * precision * recall / np.maximum(precision + recall, 1e-12)).max(),
+        "aupro": plain_aupro(maps, masks),
+    }
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_aupro_by_hand():
+    """Two regions, of 1 and 3 pixels, that touch at a corner with nothing else are one by 8-connectivity."""
+    mask = np.zeros((1, 4, 5), dtype=bool)
+    mask[0, 0, 0] = mask[0, 3, 1:4] = True
+    scores = np.zeros((1, 4, 5), dtype=np.float32)
+    scores[mask] = 3
+    assert count(scores, mask)["aupro"] == pytest.approx(1)
+    scores[0, 3, 1:4] = 0  # the larger region is found with the last normal pixel only
+    # Half of the regions at no false positive; then a straight line to (1, 1), of which 0.3 counts.
+    assert count(scores, mask)["aupro"] == pytest.approx(0.5 + 0.5 * 0.3 / 2, abs=1e-6)
+    mask[0, 1, 1] = True
+    assert find_defects(mask[0]).regions == 2
+    mask[0, 2, 0] = True
+    assert find_defects(mask[0]).regions == 1
 
 
 def test_keys_keep_the_order():
     scores = torch.tensor([-math.inf, -3.0, -1e-6, -0.0, 0.0, 1e-6, 2.0, 2.001, 1e9, math.inf])
     keys = score_keys(scores)
     assert (keys[1:] >= keys[:-1]).all() and keys.min() >= 0
-    assert keys[6] < keys[7]
+    assert keys[3] == keys[4] and keys[6] < keys[7]
 
 
 def test_one_kind_alone_is_undefined():
-    counts = ScoreCounts()
-    assert all(math.isnan(value) for value in counts.auroc_ap())
-    counts.add(torch.rand(10), torch.zeros(10))
-    assert all(math.isnan(value) for value in counts.auroc_ap())
+    assert all(math.isnan(value) for value in PixelCounts().metrics().values())
+    maps, masks = maps_and_masks("random")
+    for mask in (np.zeros_like(masks), np.ones_like(masks)):
+        assert all(math.isnan(value) for value in count(maps, mask).values())
 
 
-def fill(domain: str, maps: torch.Tensor, scores: torch.Tensor, labels: list[int], mask: torch.Tensor) -> ClassScores:
-    kept = ClassScores(domain)
-    batch = {"label": torch.tensor(labels), "has_mask": torch.ones(len(labels), dtype=torch.bool), "mask": mask}
-    batch["path"] = [f"{i}.png" for i in range(len(labels))]
-    kept.add(Prediction(maps, scores), batch, list(range(len(labels))))
+def test_curves_keep_leading_axes():
+    rng = np.random.default_rng(0)
+    normal, anomalous, overlap = rng.integers(0, 5, (3, 4, 7)).astype(float)
+    together = curve_metrics(normal, anomalous, overlap, overlap.sum(axis=-1))
+    for row in range(4):
+        alone = curve_metrics(normal[row], anomalous[row], overlap[row], overlap[row].sum())
+        assert {name: values[row].item() for name, values in together.items()} == pytest.approx(
+            {name: value.item() for name, value in alone.items()}
+        )
+
+
+def batch_of(labels: list[int], masks: torch.Tensor) -> dict:
+    paths = [f"{number}.png" for number in range(len(labels))]
+    return {"label": torch.tensor(labels), "has_mask": torch.ones(len(labels), dtype=torch.bool), "path": paths} | {
+        "mask": masks
+    }
+
+
+def fill(domain: str, maps: torch.Tensor, scores: torch.Tensor, batch: dict, calibration=None) -> ClassScores:
+    kept = ClassScores(domain, calibration)
+    defects = [find_defects(mask.numpy()) for mask in batch["mask"].squeeze(1)]
+    prediction = Prediction(maps, scores, scores)
+    for rows in np.array_split(np.arange(len(scores)), 2):
+        kept.add(prediction, batch, rows.tolist(), defects)
     return kept
+
+
+def metrics(kept: ClassScores) -> dict[str, float]:
+    return kept.metrics(kept.sample())
 
 
 def test_published_image_score():
     maps = torch.tensor([[[0.0, 2.0]], [[1.0, 4.0]], [[3.0, -4.0]]])
     scores = torch.tensor([0.4, 0.6, 0.5])
-    mask = torch.tensor([[[[0, 0]]], [[[0, 1]]], [[[1, 0]]]])
-    kept = fill("industrial", maps, scores, [0, 1, 1], mask)
+    batch = batch_of([0, 1, 1], torch.tensor([[[[0, 0]]], [[[0, 1]]], [[[1, 0]]]]))
+    kept = fill("industrial", maps, scores, batch)
     # Maps scaled by the class's extremes -4 and 4: highest 0.75, 1, 0.875. Scores by 0.4 and 0.6: 0, 1, 0.5.
     assert kept.image_scores() == pytest.approx([0.375, 1.0, 0.6875])
-    assert fill("medical", maps, scores, [0, 1, 1], mask).image_scores() == pytest.approx([0.75, 1.0, 0.875])
-    assert kept.metrics()["image_auroc"] == 1.0
+    assert fill("medical", maps, scores, batch).image_scores() == pytest.approx([0.75, 1.0, 0.875])
+    assert metrics(kept)["image_auroc"] == 1.0
 
 
 def test_min_max_as_published():
@@ -74,24 +167,104 @@ def test_min_max_as_published():
     assert min_max(np.array([2.0, 4.0]), 0.0, 4.0).tolist() == [0.5, 1.0]
 
 
+def random_class(images: int = 40, calibration=None) -> ClassScores:
+    rng = np.random.default_rng(3)
+    labels = (np.arange(images) % 2).tolist()
+    masks = torch.zeros(images, 1, 12, 12)
+    masks[1::2, 0, 2:6, 3:8] = 1
+    maps = torch.from_numpy(rng.normal(0, 1, (images, 12, 12)).astype(np.float32)) + masks.squeeze(1)
+    scores = torch.from_numpy((rng.random(images) + 0.4 * np.array(labels)).astype(np.float32))
+    return fill("industrial", maps, scores, batch_of(labels, masks), calibration)
+
+
+def test_image_metrics_agree_with_scikit_learn():
+    kept = random_class(calibration=Calibration(4.0, 1.0, -5.0, 0.5, (0, 1), 10, True))
+    sample, found = kept.sample(), metrics(kept)
+    for name, scores in (("image", sample.scores), ("single", sample.single)):
+        precision, recall, _ = precision_recall_curve(sample.labels, scores)
+        assert found[f"{name}_auroc"] == pytest.approx(roc_auc_score(sample.labels, scores))
+        assert found[f"{name}_ap"] == pytest.approx(average_precision_score(sample.labels, scores))
+        assert found[f"{name}_f1"] == pytest.approx((2 * precision * recall / (precision + recall)).max())
+    assert 0 < sample.decisions.mean() < 1
+    assert found["decision_f1"] == pytest.approx(f1_score(sample.labels, sample.decisions))
+    assert found["decision_accuracy"] == pytest.approx((sample.labels == sample.decisions).mean())
+
+
+def test_a_resample_is_a_class_with_images_repeated():
+    kept = random_class()
+    sample, times = kept.sample(), np.random.default_rng(0).integers(0, 4, 40)
+    rows = np.repeat(np.arange(40), times)
+    found = sample.metrics(times[None].astype(float))
+    assert found["image_auroc"] == pytest.approx(roc_auc_score(sample.labels[rows], sample.scores[rows]))
+    assert found["image_ap"] == pytest.approx(average_precision_score(sample.labels[rows], sample.scores[rows]))
+    whole = {name: value.item() for name, value in sample.metrics(np.ones((1, 40))).items()}
+    exact = kept.metrics(sample)
+    for name in ("pixel_auroc", "pixel_ap", "pixel_f1", "pixel_aupro"):
+        assert whole[name] == pytest.approx(exact[name], abs=0.01)  # the histograms are coarse
+        assert not math.isnan(found[name].item())
+
+
+def test_histograms_widen_and_keep_all_pixels():
+    histograms = ImageHistograms()
+    nothing = find_defects(np.zeros((8, 8)))
+    for low, high in ((1, 1), (0, 3), (-900, 5), (2, 7000)):
+        histograms.add(np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8), nothing)
+    stacked = histograms.stacked()
+    assert stacked.shape == (3, 4, ImageHistograms.BINS)
+    assert stacked[0].sum(axis=1).tolist() == [64] * 4 and not stacked[1:].any()
+    first, last = (np.flatnonzero(stacked[0, number]) for number in (0, 3))
+    assert len(first) == 1 and last[0] < first[0]  # highest score first
+
+
+def test_at_most_4_kib_are_kept_of_an_image():
+    sample = random_class().sample()
+    arrays = (value for value in vars(sample).values() if isinstance(value, np.ndarray))
+    assert sum(array.nbytes for array in arrays) / len(sample.labels) + 250 < 4096  # with a path of 250 bytes
+
+
+def test_pixel_ap_of_each_image():
+    kept = random_class()
+    values = kept.sample().pixel_ap
+    assert np.isnan(values[::2]).all() and (values[1::2] > 0.2).all()
+    rng = np.random.default_rng(0)
+    scores, mask = rng.normal(0, 1, (60, 60)).astype(np.float32), np.zeros((60, 60), dtype=bool)
+    mask[5:20, 5:20] = True
+    scores[mask] += 1
+    scores[50, 50] = 150  # one pixel far away
+    exact = average_precision_score(mask.ravel(), scores.ravel())
+    assert image_pixel_ap(scores, find_defects(mask)) == pytest.approx(exact, abs=2e-3)
+    assert image_pixel_ap(np.ones((60, 60)), find_defects(mask)) == pytest.approx(mask.mean())
+
+
+def test_a_first_map_apart_from_the_others_costs_little():
+    maps, masks = maps_and_masks("random")
+    maps[0] += 150  # its deviation is 5
+    expected = average_precision_score(masks.ravel(), maps.ravel())
+    assert count(maps, masks)["ap"] == pytest.approx(expected, abs=3e-4)
+
+
 def test_undefined_metrics_are_nan_and_left_out_of_the_average():
     maps, scores = torch.rand(2, 3, 3), torch.rand(2)
-    all_normal = fill("industrial", maps, scores, [0, 0], torch.zeros(2, 1, 3, 3)).metrics()
+    all_normal = metrics(fill("industrial", maps, scores, batch_of([0, 0], torch.zeros(2, 1, 3, 3))))
     assert all(math.isnan(all_normal[name]) for name in METRICS)
     other = dict.fromkeys(METRICS, 0.5)
     assert mean_over_classes([all_normal, other]) == other
     assert all(math.isnan(value) for value in mean_over_classes([all_normal]).values())
-    kept = ClassScores("industrial")
     mask = torch.zeros(2, 1, 3, 3)
     mask[1, 0, 0] = 1
-    batch = {"label": torch.tensor([0, 1]), "has_mask": torch.tensor([True, False]), "mask": mask, "path": ["a", "b"]}
-    kept.add(Prediction(maps, scores), batch, [0, 1])
-    found = kept.metrics()
-    assert math.isnan(found["pixel_ap"]) and not math.isnan(found["image_ap"])
+    batch = batch_of([0, 1], mask) | {"has_mask": torch.tensor([True, False])}
+    found = metrics(fill("industrial", maps, scores, batch))
+    assert math.isnan(found["pixel_ap"]) and math.isnan(found["pixel_aupro"]) and not math.isnan(found["image_ap"])
+
+
+def test_a_resample_without_one_kind_has_no_average():
+    kinds = [{name: np.array(values) for name in METRICS} for values in ([1.0, np.nan], [0.5, 0.5], [np.nan, np.nan])]
+    mean = mean_over_classes(kinds)["image_ap"]
+    assert mean[0] == 0.75 and math.isnan(mean[1])
 
 
 def test_a_map_that_is_not_finite_names_its_image():
     maps = torch.zeros(2, 3, 3)
     maps[1, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"1\.png: the model's map"):
-        fill("industrial", maps, torch.zeros(2), [0, 1], torch.zeros(2, 1, 3, 3))
+    with pytest.raises(ValueError, match=r"b\.png: the model's map"):
+        check_finite(Prediction(maps, torch.zeros(2), torch.zeros(2)), ["a.png", "b.png"])

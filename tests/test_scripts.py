@@ -12,15 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.loading import AnomalyDataset, make_loader
+from dataset.loading import AnomalyDataset
 from dataset.sets import open_dataset
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, Prediction, PromptBank, check_grid, predict
+from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
-from tests.conftest import EPOCHS, SMALL, write_small_dataset
+from tests.conftest import EPOCHS, SMALL, assert_same_tensors, write_small_dataset
 from utils import plots
 from utils.checkpoints import build_model, load_checkpoint
+from utils.metrics import METRICS
 
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -48,10 +49,11 @@ def test_side_by_side(scripts, run, other_root, capsys):
     rows = read_csv(run / "loop_2_other.csv")
     assert [row["class"] for row in rows] == ["bolt", "average"]
     for row in rows:
-        for metric in ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap"):
+        for metric in METRICS:
             assert 0 <= float(row[metric]) <= 1
             difference = float(row[metric]) - float(row[f"{metric}_base"])
-            assert float(row[f"{metric}_difference"]) == pytest.approx(difference)
+            assert float(row[f"{metric}_less_base"]) == pytest.approx(difference)
+            assert row[f"{metric}_less_base_low"] == ""  # of eight images
         assert row["trained_on_this_data_set"] == "False" and row["normal"] == row["anomalous"] == "4"
     assert (run / "loop_0_other.csv").exists()
 
@@ -81,7 +83,7 @@ def test_runs_of_one_base_share_its_row(scripts, run, base, other_root, tmp_path
     twin = shutil.copytree(run, tmp_path / "twin")
     ckpts = [run / "loop_1.pth", twin / "loop_2.pth", base]
     assert scripts("test", "--ckpt", *ckpts, "--dataset", "other", "--device", "cpu", data_root=other_root) == 0
-    out = capsys.readouterr().out
+    out, _, _ = capsys.readouterr().out.partition("image: the published score")
     assert out.count("(base)") == 1 and out.count("less its base") == 2 and "twin/loop_2" in out
 
 
@@ -116,24 +118,9 @@ def test_contact_sheets(scripts, run, other_root):
     assert scripts(*command, "--pictures", 2, data_root=other_root) == 0
     (path,) = (run / "pictures_other").iterdir()
     width, height = Image.open(path).size
-    inches = (plots.PANEL_INCHES * 3 + 0.8) / (plots.PANEL_INCHES * 4 + 0.5)  # two models; two images of each kind
+    # The image, two maps and their difference; two images of each kind.
+    inches = (plots.PANEL_INCHES * 4 + 1.2) / ((plots.PANEL_INCHES + 0.35) * 4 + 0.9)
     assert width / height == pytest.approx(inches, rel=0.01)
-
-
-def test_contact_sheets_keep_the_first_images_of_each_kind_and_the_models_in_order(data_root):
-    data = open_dataset("small", data_root)
-    images = AnomalyDataset(data.folder, data.of_class("candle"), Transform(64))
-    sheets = plots.ContactSheets(["a", "b"], 2)
-    for batch in make_loader(images, 4, 0):
-        numbers = torch.arange(len(batch["label"]))
-        maps = numbers.view(-1, 1, 1).expand(-1, 64, 64).float()
-        sheets.add(batch, [Prediction(maps + shift, numbers / 10 + shift) for shift in (0, 0.5)])
-    kept = sheets.kept["candle"]
-    titles = [[example.title for example in kept[label]] for label in (0, 1)]
-    assert titles == [["candle/0_0", "candle/0_1"], ["candle/1_0", "candle/1_1"]]
-    assert [[panel.mean() for panel in example.maps] for example in kept[0]] == [[0, 0.5], [1, 1.5]]
-    assert kept[0][1].scores == pytest.approx([0.1, 0.6])
-    assert kept[1][0].mask.any() and not kept[0][0].mask.any()
 
 
 def test_pictures_show_the_pixels_that_the_model_saw(data_root):
@@ -159,7 +146,7 @@ def test_results_do_not_depend_on_the_batch(scripts, run, other_root):
         command = ["test", "--ckpt", run / "loop_1.pth", "--dataset", "other", "--batch_size", size, "--device", "cpu"]
         assert scripts(*command, data_root=other_root) == 0
         found.append(read_csv(run / "loop_1_other.csv")[0])
-    for metric in ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap"):
+    for metric in METRICS:
         assert float(found[0][metric]) == pytest.approx(float(found[1][metric]), abs=1e-3)
 
 
@@ -266,7 +253,7 @@ def test_a_file_that_breaks_during_training_ends_with_1(scripts, base, tmp_path,
     command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "out"]
     assert scripts(*command, data_root=tmp_path) == 1
     assert "0_1.png: not readable as an image" in capsys.readouterr().err
-    assert (tmp_path / "out" / "state.pth").exists() and (tmp_path / "out" / "loop_0.pth").exists()
+    assert (tmp_path / "out" / "state.pth").exists()
 
 
 @pytest.mark.parametrize(
@@ -286,11 +273,65 @@ def test_few_shot_list_is_saved(scripts, base, tmp_path):
     assert len((tmp_path / "out" / "4-shot.jsonl").read_text(encoding="utf-8").splitlines()) == 8
 
 
+def test_every_loop_is_tested_on_eval_datasets_and_training_does_not_notice(scripts, base, run, other_root, data_root):
+    shutil.copytree(data_root / "small", other_root / "small")
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", other_root / "x"]
+    assert scripts(*command, "--eval_dataset", "other", data_root=other_root) == 0
+    for loop in (0, 1, 2):
+        assert len(read_csv(other_root / "x" / f"loop_{loop}_other.csv")) == 2
+        assert_same_tensors(other_root / "x" / f"loop_{loop}.pth", run / f"loop_{loop}.pth")
+    log = (other_root / "x" / "train.log").read_text(encoding="utf-8")
+    assert log.count("less its base") == 2 and "x/loop_2" in log
+    assert (other_root / "x" / "training.png").exists()
+    tested = read_csv(other_root / "x" / "loop_2_other.csv")
+    command = ["test", "--ckpt", other_root / "x" / "loop_2.pth", "--dataset", "other", "--device", "cpu"]
+    assert scripts(*command, data_root=other_root) == 0
+    for before, after in zip(tested, read_csv(other_root / "x" / "loop_2_other.csv"), strict=True):
+        assert [before[name] for name in METRICS] == [after[name] for name in METRICS]
+
+
+def test_an_unknown_eval_dataset_ends_with_2_before_training(scripts, base, tmp_path, capsys):
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "out"]
+    assert scripts(*command, "--eval_dataset", "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_tensorboard_is_written_where_it_is_installed(scripts, base, tmp_path, capsys, monkeypatch):
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--tensorboard"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it was not
+    assert scripts(*command, "--save_path", tmp_path / "without") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not (tmp_path / "without").exists()
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    pytest.importorskip("tensorboard")
+    assert scripts(*command, "--save_path", tmp_path / "with") == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "with" / "tensorboard")).Reload()
+    losses = [event.value for event in events.Scalars("Stage 2, epoch/loss")]
+    logged = [row for row in read_csv(tmp_path / "with" / "log.csv") if (row["kind"], row["stage"]) == ("epoch", "2")]
+    assert losses == pytest.approx([float(row["loss"]) for row in logged])
+
+
+def test_one_image_and_an_empty_mask(scripts, base, tmp_path, capsys):
+    folder = write_small_dataset(tmp_path / "one", per_kind=1, classes=("bolt",))
+    lines = (folder / "full-shot.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "full-shot.jsonl").write_text(lines[1], encoding="utf-8")
+    command = ["test", "--ckpt", base, "--dataset", "one", "--pictures", 2, "--device", "cpu"]
+    assert scripts(*command, data_root=tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "0 normal and 1 anomalous images" in out and "All scores of a class are equal" in err
+    (row, _) = read_csv(base / "base_one.csv")
+    assert row["image_auroc"] == "" and row["pixel_aupro"] != ""
+    Image.new("L", (48, 40)).save(folder / "bolt" / "1_0_mask.png")
+    assert scripts(*command, data_root=tmp_path) == 2
+    assert "1_0_mask.png: the mask of an anomalous image is empty" in capsys.readouterr().err
+
+
 def test_scripts_start_as_commands():
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    for script in ("train.py", "train_cross_attention.py", "test.py"):
+    for script in ("train.py", "train_cross_attention.py", "test.py", "predict.py"):
         done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0 and "--data_root" in done.stdout
+        assert done.returncode == 0 and "--clip_weights" in done.stdout
 
 
 @pytest.mark.skipif(not (REAL_DATA / "bsdata").is_dir(), reason="the real data sets are not here")

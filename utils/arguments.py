@@ -65,9 +65,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where things are and what computes."""
-    group = parser.add_argument_group("places and machine")
+    """Where things are, what reads and what computes."""
+    group = add_machine_arguments(parser)
     add_data_root(group)
+    group.add_argument(
+        "--num_workers", type=at_least(0), help="processes that read images; without it 4 on a GPU, else 0"
+    )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where CLIP is and what computes."""
+    group = parser.add_argument_group("places and machine")
     group.add_argument(
         "--clip_weights",
         type=Path,
@@ -77,11 +85,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device PyTorch computes on"
     )
     group.add_argument(
-        "--num_workers", type=at_least(0), help="processes that read images; without it 4 on a GPU, else 0"
-    )
-    group.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the two towers; bf16 by autocast"
     )
+    return group
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, without: str) -> None:
@@ -181,6 +187,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, stage1_levels: str) 
         "--cache_images",
         action="store_true",
         help="keep decoded images in memory where they fit in half of what is free",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write what log.csv has to <run>/tensorboard too, where it is installed",
     )
     group.add_argument("--dry_run", action="store_true", help="print the plan and stop; needs neither weights nor data")
 

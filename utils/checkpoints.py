@@ -1,7 +1,7 @@
 """Checkpoint files: AA-CLIP's base, our loop files and the state of a run. Plain types and tensors only.
 
 A loop file holds the four modules (state dicts, None where switched off), `loop`, `config` ({"model", "training"}),
-`base`, `metrics` and `environment`.
+`base`, `metrics`, `calibration` (of `utils.calibration`, None where it could not be fitted) and `environment`.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
 from model.backbone import REPOSITORY, Backbone, check_state
+from utils.calibration import Calibration
 from utils.plan import ADDED_SETTINGS, Run
 
 TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
@@ -26,7 +27,7 @@ TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "st
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. `model` (ModelConfig), `training` (Settings) and `clip_sha256` are None where it is silent."""
+    """A model on disk. `model` (ModelConfig), `training` (Settings), `clip_sha256` and `calibration` may be unknown."""
 
     path: Path
     loop: int
@@ -35,6 +36,7 @@ class Checkpoint:
     model: dict | None = None
     training: dict | None = None
     clip_sha256: str | None = None
+    calibration: Calibration | None = None
     is_loop_file: bool = False
 
     def seen(self) -> list[str]:
@@ -103,9 +105,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if state is not None or name.endswith("adapter"):
             _expect_tensors(state, name, path)
     clip_sha256 = content["environment"].get("clip_sha256")
-    return Checkpoint(
-        path, content["loop"], modules, content["base"], config["model"], config["training"], clip_sha256, True
-    )
+    fitted = _calibration(content, path)
+    model, training = config["model"], config["training"]
+    return Checkpoint(path, content["loop"], modules, content["base"], model, training, clip_sha256, fitted, True)
+
+
+def _calibration(content: dict, path: Path) -> Calibration | None:
+    """The calibration in a file; None where it has none, as files of AA-CLIP and of older runs."""
+    found = content.get("calibration")
+    if found is None:
+        return None
+    _expect(content, path, calibration=dict)
+    names = [each.name for each in fields(Calibration)]
+    if sorted(found) != sorted(names):
+        raise ValueError(f"{path}: 'calibration' holds {', '.join(found)}; expected {', '.join(names)}.")
+    return Calibration(**found)
 
 
 def _expect(content: dict, path: Path, **kinds: type) -> None:
@@ -150,9 +164,11 @@ def _load_base(folder: Path) -> Checkpoint:
         "sha256": {path.name: file_sha256(path) for path in (text_path, image_path)},
         "epochs": {"text": text["epoch"], "image": image["epoch"]},
         "datasets": ["unknown" if training is None else training["dataset"]],
+        "training": training,
     }
     clip_sha256 = text.get("environment", {}).get("clip_sha256")
-    return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256)
+    fitted = _calibration(image, image_path)
+    return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256, fitted)
 
 
 def loop_files(folder: Path) -> list[Path]:

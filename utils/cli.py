@@ -13,8 +13,8 @@ from utils.logs import setup_logging
 logger = logging.getLogger(__name__)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run `main` and exit with its code, or with one clear message where the input is at fault.
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with what it returns (None: 0), or with one clear message where the input is at fault.
 
     ValueError and OSError are bad input here: the modules raise them with what was expected and what was found. Their
     traceback goes to train.log where there is one. Any other exception is a fault of the program and keeps its own.
@@ -23,8 +23,7 @@ def run_script(main: Callable[[], None]) -> None:
     # A table that is redirected to a file on Windows may hold names that its encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
-        code = 0
+        code = main() or 0
     except TrainingStoppedError as error:
         logger.warning("%s", error)
         code = 1

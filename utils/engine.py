@@ -5,10 +5,11 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,13 +18,22 @@ from tqdm import tqdm
 from dataset.images import check_files
 from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
 from dataset.records import Record, digest, hold_out, write_records
-from dataset.sets import draw_few_shot, open_dataset
+from dataset.sets import canonical_name, draw_few_shot, open_dataset
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
+from forward_utils_cross_attention import (
+    ClassText,
+    PromptBank,
+    encode,
+    encode_stage1,
+    predict,
+    stage1_loss,
+    stage2_loss,
+)
 from model.adapter_cross_attention import MODULES, STAGES, CrossAttentionCLIP
-from utils import checkpoints
+from utils import calibration, checkpoints
 from utils.logs import CsvLog, log_to_file, progress
-from utils.plan import Position, Run, Settings, Stage, learning_rate_factor, shot_file, vv_start
+from utils.metrics import check_finite
+from utils.plan import Position, Run, Settings, Stage, learning_rate_factor, shot_file, stage_title, vv_start
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +43,8 @@ MILESTONES = (16000, 32000)
 # The losses of a stage's first steps are logged one by one: the zero start of a fresh module protects one step only.
 FIRST_STEPS = 10
 SAVE_SECONDS = 300
+# Three numbers are fitted: more images of a kind would cost time and change little.
+CALIBRATION_IMAGES = 200
 # How PyTorch's CPU allocator puts it, on every system.
 OUT_OF_MEMORY = "you tried to allocate"
 LOSS_TERMS = [
@@ -152,6 +164,7 @@ class Trainer:
         run: Run,
         on_stage_end: Callable[["Trainer", Stage], None],
         num_workers: int = 0,
+        tensorboard: Callable | None = None,
     ):
         self.model, self.data, self.on_stage_end, self.num_workers = model, data, on_stage_end, num_workers
         self.plan, self.settings, self.folder = run, run.settings, run.folder
@@ -163,6 +176,9 @@ class Trainer:
         self.means = Means()
         self.metrics: dict[str, dict[str, float]] = {}
         self.log = CsvLog(run.folder / "log.csv", COLUMNS)
+        self.board = None
+        self._stop: StopSignal | None = None
+        self._open_board = tensorboard
 
     # state
 
@@ -172,6 +188,8 @@ class Trainer:
         if new:
             self.save()
         log_to_file(self.folder / "train.log")
+        if self._open_board:
+            self.board = self._open_board(self.folder / "tensorboard")
         if new and self.settings.shot is not None:
             path = self.folder / shot_file(self.settings)
             write_records(path, self.data.train + self.data.held_out)
@@ -339,6 +357,46 @@ class Trainer:
             means.add(_to_floats({"loss": loss, **terms}))
         return means.get()
 
+    def calibrate(self) -> dict | None:
+        """`Calibration` of the model as it is, as checkpoints hold it; on held-out images, else on those it trained on.
+
+        At most CALIBRATION_IMAGES of each kind are drawn, by the seed. None, with a warning, where one kind is missing.
+        """
+        settings, model = self.settings, self.model
+        held_out = bool(self.data.held_out) and not self._base_saw_held_out()
+        records = _draw_kinds(self.data.held_out or self.data.train, CALIBRATION_IMAGES, settings.seed)
+        text = ClassText(model, self.bank, fixed=True)
+        loader = make_loader(self._images(records, None), settings.text_batch_size, self.num_workers)
+        found: dict[str, list] = {"scores": [], "highest": [], "lowest": [], "labels": []}
+        try:
+            for batch in progress(loader, desc="calibration", leave=False):
+                images = batch["image"].to(self.device, non_blocking=True)
+                prediction = predict(model, images, batch["class_name"], text, self.data.domain, settings.precision)
+                check_finite(prediction, batch["path"])
+                found["scores"] += prediction.scores.tolist()
+                found["highest"] += prediction.maps.amax(dim=(1, 2)).tolist()
+                found["lowest"] += prediction.maps.amin(dim=(1, 2)).tolist()
+                found["labels"] += batch["label"].tolist()
+                if self._stop and self._stop.received:
+                    raise TrainingStoppedError(f"Stopped by {self._stop.received}. The same command goes on from here.")
+        except (ValueError, OSError) as error:
+            raise TrainingError(f"{loader_message(error)} The last state is in {self.folder}.") from error
+        map_range = (min(found.pop("lowest")), max(found["highest"]))
+        fitted = calibration.fit(**found, map_range=map_range, held_out=held_out)
+        if fitted is None:
+            logger.warning("No calibration: the images are all of one kind, so a decision cannot be fitted.")
+        return fitted and asdict(fitted)
+
+    def _base_saw_held_out(self) -> bool:
+        """Whether the base may have trained on the images that are held out now."""
+        base = self.plan.base
+        seen = {canonical_name(name) for name in base.get("datasets", [])}
+        if not seen & {canonical_name(self.settings.dataset), "unknown"}:
+            return False
+        same = ("dataset", "seed", "val_fraction", "shot")
+        own = base.get("training") or {}
+        return any(own.get(name) != getattr(self.settings, name) for name in same)
+
     # parts
 
     def _images(self, records: list[Record], stage: str | None) -> AnomalyDataset:
@@ -394,6 +452,10 @@ class Trainer:
         loop, stage = self.position[:2]
         head = {"kind": kind, "loop": loop, "stage": STAGES.index(stage) + 1, "epoch": epoch + 1, "step": step}
         self.log.write(head | {name: value for name, value in values.items() if name in COLUMNS})
+        if self.board and kind != "step":
+            earlier = (other.epochs for other in self.plan.stages if other.name == stage and other.loop < loop)
+            for name, value in values.items():
+                self.board.add_scalar(f"{stage_title(stage)}, {kind}/{name}", value, sum(earlier, epoch + 1))
 
     def _report(self, stage: Stage) -> None:
         last = self.metrics[stage.name]
@@ -421,6 +483,16 @@ class Trainer:
             f"in a new --save_path with a smaller {flag}, or with --precision bf16.\n"
             f"({shorten(str(error), 160)})"
         )
+
+
+def _draw_kinds(records: list[Record], each: int, seed: int) -> list[Record]:
+    """At most `each` normal and as many anomalous records, drawn by `seed`, in their order."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for label in (0, 1):
+        kind = [row for row, record in enumerate(records) if record.label == label]
+        rows += rng.permutation(kind)[:each].tolist()
+    return [records[row] for row in sorted(rows)]
 
 
 def _measure_added(found: dict[str, Tensor], name: str) -> Callable:

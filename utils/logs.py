@@ -13,7 +13,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 # Loggers of this program: its scripts and packages.
-PROGRAM = ("pretrain_demo", "train", "train_cross_attention", "test", "model", "dataset", "utils")
+PROGRAM = ("pretrain_demo", "train", "train_cross_attention", "test", "predict", "model", "dataset", "utils")
 
 
 class _TqdmHandler(logging.Handler):
@@ -58,6 +58,17 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
     if not sys.stderr.isatty():
         options["mininterval"] = 30
     return tqdm(iterable, dynamic_ncols=True, **options)
+
+
+def tensorboard_writer() -> Callable:
+    """TensorBoard's writer: called with a folder, it writes there. Raises ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "--tensorboard: the package is not installed (pip install tensorboard). log.csv is written without it."
+        ) from error
+    return SummaryWriter
 
 
 class CsvLog:

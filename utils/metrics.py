@@ -1,23 +1,51 @@
-"""Metrics of AA-CLIP's protocol, class by class; NaN where one is undefined.
+"""Metrics of one model on one class; NaN where one is undefined.
 
-Pixel scores are counted as they come, so memory does not grow with the number of images.
+Pixel scores are counted as they come, so memory does not grow with the number of pixels; at most 4 KiB are kept of an
+image. Libraries were looked at first: torchmetrics' binned curves and adeval count in bins of equal width, whose range
+adeval wants to know before, and both miss average precision by 1e-3 where scores crowd; torchmetrics' exact curves and
+anomalib's AUPRO keep every pixel. A key of 22 bits in the order of floats needs no range. Only pixels that share a key
+can count wrongly, and a key is at most 1/4096 as wide as the score lies from the median of the class's first map. Where
+maps of a class do not lie hundreds of times their spread apart, AUROC, AP, F1-max and AUPRO differ by less than 1e-4
+from what every pixel's own score gives (tests/test_metrics.py).
 """
 
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from forward_utils_cross_attention import Prediction
+from utils.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap")
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1", "pixel_aupro")
+# By the published image score, which takes a whole class to compute.
+IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1")
+# By the score of an image alone, and by the calibrated decision.
+ALONE_METRICS = ("single_auroc", "single_ap", "single_f1", "decision_f1", "decision_accuracy")
+METRICS = PIXEL_METRICS + IMAGE_METRICS + ALONE_METRICS
+# What tables and plots show of them: {metric: (group, title)}.
+COLUMNS = {
+    "pixel_auroc": ("pixel", "AUROC"),
+    "pixel_ap": ("pixel", "AP"),
+    "pixel_f1": ("pixel", "F1"),
+    "pixel_aupro": ("pixel", "AUPRO"),
+    "image_auroc": ("image", "AUROC"),
+    "image_ap": ("image", "AP"),
+    "image_f1": ("image", "F1"),
+    "single_auroc": ("alone", "AUROC"),
+    "decision_f1": ("decision", "F1"),
+    "decision_accuracy": ("decision", "acc."),
+}
 KEY_BITS = 22
+# AUPRO's usual limit of the false positive rate (https://doi.org/10.1007/s11263-020-01400-4).
+FPR_LIMIT = 0.3
 
 
 def score_keys(scores: Tensor) -> Tensor:
@@ -26,35 +54,160 @@ def score_keys(scores: Tensor) -> Tensor:
     The bits of a float, read as an integer, are in the order of its value (reversed for negative ones); the lowest of
     its 23 mantissa bits are dropped, so scores that differ by less than 1/8192 of their size may share a key.
     """
-    bits = scores.contiguous().view(torch.int32).long()
+    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: there is one zero
     ordered = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)
     return ordered >> (32 - KEY_BITS)
 
 
-class ScoreCounts:
-    """How many normal and anomalous scores have each key; AUROC and AP of all of them, with ties."""
+def curve_metrics(
+    normal: np.ndarray, anomalous: np.ndarray, overlap: np.ndarray | None = None, regions: np.ndarray | float = 0
+) -> dict[str, np.ndarray]:
+    """AUROC, AP, F1-max and AUPRO from how much of each kind has each score, highest score first; ties are one entry.
+
+    `normal`, `anomalous` [..., K]: numbers of normal and anomalous pixels or images. `overlap` [..., K]: sum over the
+    anomalous pixels of 1 / size of their region; `regions` [...]: number of regions. Leading axes are kept, so that all
+    resamples of a bootstrap are one call. Returns {"auroc": [...], "ap", "f1", "aupro"} (AUPRO with `overlap` alone),
+    NaN where a kind is absent.
+
+    F1-max is the highest F1 of any threshold. AUPRO is the area under the mean overlap of regions over the false
+    positive rate up to FPR_LIMIT, divided by it (Bergmann et al. 2021, https://doi.org/10.1007/s11263-020-01400-4).
+    """
+    false, true = np.cumsum(normal, axis=-1, dtype=float), np.cumsum(anomalous, axis=-1, dtype=float)
+    negatives, positives = false[..., -1], true[..., -1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Of a pair that ties, half counts.
+        auroc = (normal * (true - 0.5 * anomalous)).sum(axis=-1) / (negatives * positives)
+        found = true + false
+        precision = np.divide(true, found, out=np.zeros_like(true), where=found > 0)
+        average_precision = (anomalous * precision).sum(axis=-1) / positives
+        f1 = (2 * true / (found + positives[..., None])).max(axis=-1)
+        metrics = {"auroc": auroc, "ap": average_precision, "f1": f1}
+        if overlap is not None:
+            mean_overlap = np.cumsum(overlap, axis=-1) / np.asarray(regions)[..., None]
+            metrics["aupro"] = _limited_area(false / negatives[..., None], mean_overlap)
+    defined = (negatives > 0) & (positives > 0)
+    return {name: np.where(defined, value, np.nan) for name, value in metrics.items()}
+
+
+def _limited_area(fpr: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+    """Area under `overlap` over `fpr` [..., K], both rising from 0, up to FPR_LIMIT and divided by it."""
+    start = np.zeros((*fpr.shape[:-1], 1))
+    width = np.diff(np.minimum(fpr, FPR_LIMIT), axis=-1, prepend=start)
+    step, rise = np.diff(fpr, axis=-1, prepend=start), np.diff(overlap, axis=-1, prepend=start)
+    share = np.divide(width, step, out=np.zeros_like(step), where=step > 0)  # of a step that the limit cuts
+    return (width * (overlap - rise + 0.5 * rise * share)).sum(axis=-1) / FPR_LIMIT
+
+
+class Defects(NamedTuple):
+    """The ground truth of an image: `mask` [S, S] of bool, `weights` [S, S], 1 / size of each defect pixel's region
+    (0 elsewhere), and the number of `regions`.
+    """
+
+    mask: np.ndarray
+    weights: np.ndarray
+    regions: int
+
+
+def find_defects(mask: np.ndarray) -> Defects:
+    """The defects of a mask [S, S]: regions are connected by sides or corners."""
+    mask = mask > 0
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    weights = 1 / np.maximum(np.bincount(labels.ravel(), minlength=count), 1)
+    weights[0] = 0
+    return Defects(mask, weights[labels], count - 1)
+
+
+class PixelCounts:
+    """How many normal and anomalous pixels have each key, and how much of the defects' regions: exact but for the keys.
+
+    Keys are of what a score lies above or below the median of the first map, where they are finest. At most 96 MiB,
+    whatever the number of images; a system that hands out memory as it is touched gives few of them.
+    """
 
     def __init__(self) -> None:
-        self.counts = np.zeros((2, 1 << KEY_BITS), dtype=np.int64)
+        self.normal, self.anomalous = (np.zeros(1 << KEY_BITS, dtype=np.int64) for _ in range(2))
+        self.overlap = np.zeros(1 << KEY_BITS)
+        self.regions = 0
+        self.middle: Tensor | None = None
 
-    def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Count scores (finite) with labels of 0 and 1 of the same shape."""
-        keys = score_keys(scores.flatten()).cpu().numpy()
-        positive = labels.flatten().cpu().numpy().astype(bool)
-        for row, chosen in enumerate((~positive, positive)):
-            np.add.at(self.counts[row], keys[chosen], 1)
+    def add(self, scores: Tensor, defects: Defects) -> None:
+        """Count the pixels of one image, scores [S, S], finite."""
+        if self.middle is None:
+            self.middle = scores.median().double()
+        keys = score_keys((scores.double() - self.middle).float()).cpu().numpy()
+        if not defects.regions:
+            np.add.at(self.normal, keys.ravel(), 1)
+            return
+        inside = keys[defects.mask]
+        np.add.at(self.normal, keys[~defects.mask], 1)
+        np.add.at(self.anomalous, inside, 1)
+        np.add.at(self.overlap, inside, defects.weights[defects.mask])
+        self.regions += defects.regions
 
-    def auroc_ap(self) -> tuple[float, float]:
-        """Area under the ROC curve and average precision; NaN where one of the two kinds is absent."""
-        negatives, positives = self.counts[:, ::-1]  # highest score first
-        used = (negatives + positives) > 0
-        false, true = np.cumsum(negatives[used]), np.cumsum(positives[used])
-        if not used.any() or not false[-1] or not true[-1]:
-            return math.nan, math.nan
-        recall = np.concatenate([[0.0], true / true[-1]])
-        fall_out = np.concatenate([[0.0], false / false[-1]])
-        average_precision = np.sum(np.diff(recall) * true / (true + false))
-        return float(np.trapezoid(recall, fall_out)), float(average_precision)
+    def metrics(self) -> dict[str, float]:
+        """AUROC, AP, F1-max and AUPRO of all pixels; NaN where one of the two kinds is absent."""
+        used = np.flatnonzero(self.normal + self.anomalous)[::-1]  # highest score first
+        if not len(used):
+            return dict.fromkeys(("auroc", "ap", "f1", "aupro"), math.nan)
+        found = curve_metrics(self.normal[used], self.anomalous[used], self.overlap[used], self.regions)
+        return {name: float(value) for name, value in found.items()}
+
+
+class ImageHistograms:
+    """A small histogram of each image's pixels, over BINS equal bins of one range, for resampling and for ranking.
+
+    A score outside doubles the range, which merges the bins of all images in pairs. Kept per image: 12 bytes a bin.
+    """
+
+    BINS = 256
+
+    def __init__(self) -> None:
+        self.low = self.width = 0.0  # of the range and of one bin
+        self.images = 0
+        # Normal pixels, anomalous pixels and share of the regions; images; bins, highest score first. In one block that
+        # grows by doubling: many small ones among the maps that come and go would leave memory in pieces.
+        self.counts = np.zeros((3, 64, self.BINS), dtype=np.float32)
+
+    def add(self, scores: np.ndarray, defects: Defects) -> None:
+        """Take in one image, scores [S, S], finite."""
+        low, high = float(scores.min()), float(scores.max())
+        if not self.images:
+            self.low, self.width = low, max(high - low, 1e-6) / self.BINS * (1 + 1e-6)
+        self._widen(low, high)
+        if self.images == self.counts.shape[1]:
+            self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)], axis=1)
+        bins = self.BINS - 1 - ((scores - self.low) / self.width).astype(np.int64).clip(0, self.BINS - 1)
+        inside = bins[defects.mask]
+        own = self.counts[:, self.images]
+        own[0] = np.bincount(bins[~defects.mask], minlength=self.BINS)
+        own[1] = np.bincount(inside, minlength=self.BINS)
+        own[2] = np.bincount(inside, weights=defects.weights[defects.mask], minlength=self.BINS)
+        self.images += 1
+
+    def _widen(self, low: float, high: float) -> None:
+        half = self.BINS // 2
+        while low < self.low or high >= self.low + self.BINS * self.width:
+            below = low < self.low
+            merged = self.counts.reshape(*self.counts.shape[:2], half, 2).sum(axis=-1)
+            self.counts[:] = 0
+            kept = slice(0, half) if below else slice(half, None)
+            self.counts[..., kept] = merged
+            self.low -= self.BINS * self.width if below else 0
+            self.width *= 2
+
+    def stacked(self) -> np.ndarray:
+        """[3, images, BINS], highest score first."""
+        return self.counts[:, : self.images]
+
+
+def image_pixel_ap(scores: np.ndarray, defects: Defects, bins: int = 4096) -> float:
+    """Pixel AP of one image, scores [S, S], by bins of its own range; NaN without a defect."""
+    if not defects.regions:
+        return math.nan
+    low, high = float(scores.min()), float(scores.max())
+    numbers = ((high - scores) * (bins / max(high - low, 1e-12))).astype(np.int64).clip(0, bins - 1)  # highest first
+    kinds = (np.bincount(numbers[chosen], minlength=bins) for chosen in (~defects.mask, defects.mask))
+    return curve_metrics(*kinds)["ap"].item()
 
 
 def min_max(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -66,31 +219,87 @@ def min_max(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return (values - low) / (high - low)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What is kept of n images of one class, as one model sees them.
+
+    `labels` [n] of 0 and 1; `scores` [n], the published image scores; `single` [n], scores of the images alone;
+    `pixel_ap` [n], of each image, NaN without a defect; `probabilities` and `decisions` [n] of 0 and 1, None without a
+    calibration; `pixels` [3, n, bins] of
+    `ImageHistograms`, None where a mask is missing; `regions` [n], numbers of defects; `low` and `high`, the
+    extremes of the class's maps.
+    """
+
+    paths: list[str]
+    labels: np.ndarray
+    scores: np.ndarray
+    single: np.ndarray
+    pixel_ap: np.ndarray
+    probabilities: np.ndarray | None
+    decisions: np.ndarray | None
+    pixels: np.ndarray | None
+    regions: np.ndarray
+    low: float
+    high: float
+
+    def metrics(self, times: np.ndarray) -> dict[str, np.ndarray]:
+        """{metric: [R]} with each image counted `times` [R, n]; pixel metrics as precise as the histograms."""
+        found = {f"image_{name}": value for name, value in _ranked(self.labels, self.scores, times).items()}
+        found |= {f"single_{name}": value for name, value in _ranked(self.labels, self.single, times).items()}
+        if self.decisions is not None:
+            hits, right = times @ (self.decisions * self.labels), times @ (self.decisions == self.labels)
+            named = times @ (self.decisions + self.labels)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found["decision_f1"] = np.where(times @ self.labels > 0, 2 * hits / named, np.nan)
+            found["decision_accuracy"] = right / times.sum(axis=-1)
+        if self.pixels is not None:
+            kinds = (times.astype(np.float32) @ kind for kind in self.pixels)
+            pixel = curve_metrics(*kinds, times @ self.regions)
+            found |= {f"pixel_{name}": value for name, value in pixel.items()}
+        return {name: found.get(name, np.full(len(times), np.nan)) for name in METRICS}
+
+
+def _ranked(labels: np.ndarray, scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
+    """AUROC, AP and F1-max [R] of image scores [n], each image counted `times` [R, n]."""
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # ties are one entry
+    kinds = (np.add.reduceat(times[:, order] * kind[order], starts, axis=1) for kind in (1 - labels, labels))
+    return curve_metrics(*kinds)
+
+
 @dataclass
 class ClassScores:
-    """All that is kept of one model's results on one class."""
+    """Takes in one model's predictions on one class, batch by batch."""
 
     domain: str
+    calibration: Calibration | None = None
+    paths: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # detection scores
+    single: list[float] = field(default_factory=list)
     highest: list[float] = field(default_factory=list)  # of each map
     lowest: list[float] = field(default_factory=list)
-    pixels: ScoreCounts = field(default_factory=ScoreCounts)
+    regions: list[int] = field(default_factory=list)
+    pixel_ap: list[float] = field(default_factory=list)  # of each image
+    pixels: PixelCounts = field(default_factory=PixelCounts)
+    histograms: ImageHistograms = field(default_factory=ImageHistograms)
     maskless: bool = False
 
-    def add(self, prediction: Prediction, batch: dict, rows: list[int]) -> None:
-        """Take in the `rows` of a batch that are of this class. Raises ValueError for a map that is not finite."""
-        maps, scores = prediction.maps[rows], prediction.scores[rows]
-        finite = maps.flatten(1).isfinite().all(dim=1) & scores.isfinite()
-        if not finite.all():
-            path = batch["path"][rows[finite.tolist().index(False)]]
-            raise ValueError(f"{path}: the model's map or score is not finite.")
+    def add(self, prediction: Prediction, batch: dict, rows: list[int], defects: list[Defects]) -> None:
+        """Take in the `rows` of a batch that are of this class, all finite; `defects` are of the whole batch."""
+        maps = prediction.maps[rows]
+        self.paths += [batch["path"][row] for row in rows]
         self.labels += batch["label"][rows].tolist()
-        self.scores += scores.tolist()
+        self.scores += prediction.scores[rows].tolist()
+        self.single += prediction.single[rows].tolist()
         self.highest += maps.amax(dim=(1, 2)).tolist()
         self.lowest += maps.amin(dim=(1, 2)).tolist()
         self.maskless |= not batch["has_mask"][rows].all().item()
-        self.pixels.add(maps, batch["mask"][rows].squeeze(1))
+        for one, row in zip(maps, rows, strict=True):
+            self.pixels.add(one, defects[row])
+            self.histograms.add(one.cpu().numpy(), defects[row])
+            self.regions.append(defects[row].regions)
+            self.pixel_ap.append(image_pixel_ap(one.cpu().numpy(), defects[row]))
 
     def image_scores(self) -> np.ndarray:
         """The published image score: half the detection score, half the highest map value, both min-max scaled.
@@ -108,25 +317,51 @@ class ClassScores:
             return scaled
         return 0.5 * min_max(scores, scores.min(), scores.max()) + 0.5 * scaled
 
-    def metrics(self) -> dict[str, float]:
-        """{metric: value in [0, 1], or NaN where it is undefined}."""
-        auroc, average_precision = self.pixels.auroc_ap()
-        if self.maskless:
-            auroc = average_precision = math.nan
-        labels, scores = np.asarray(self.labels), self.image_scores()
-        both = 0 < labels.sum() < len(labels)
-        return {
-            "pixel_auroc": auroc,
-            "pixel_ap": average_precision,
-            "image_auroc": float(roc_auc_score(labels, scores)) if both else math.nan,
-            "image_ap": float(average_precision_score(labels, scores)) if both else math.nan,
-        }
+    def sample(self) -> Sample:
+        """What is kept of the class."""
+        probabilities = decisions = None
+        if self.calibration is not None:
+            probabilities = self.calibration.probabilities(np.asarray(self.scores), np.asarray(self.highest))
+            decisions = self.calibration.decisions(probabilities).astype(int)
+        return Sample(
+            paths=self.paths,
+            labels=np.asarray(self.labels),
+            scores=self.image_scores(),
+            single=np.asarray(self.single),
+            pixel_ap=np.asarray(self.pixel_ap),
+            probabilities=probabilities,
+            decisions=decisions,
+            pixels=None if self.maskless else self.histograms.stacked(),
+            regions=np.asarray(self.regions),
+            low=min(self.lowest),
+            high=max(self.highest),
+        )
+
+    def metrics(self, sample: Sample) -> dict[str, float]:
+        """{metric: value in [0, 1], or NaN where it is undefined} of the `sample` of this class."""
+        found = {name: value.item() for name, value in sample.metrics(np.ones((1, len(self.labels)))).items()}
+        if not self.maskless:
+            found |= {f"pixel_{name}": value for name, value in self.pixels.metrics().items()}
+        return found
 
 
-def mean_over_classes(per_class: list[dict[str, float]]) -> dict[str, float]:
-    """Average of each metric over the classes where it is defined."""
+def check_finite(prediction: Prediction, paths: list[str]) -> None:
+    """Raise ValueError that names the first image of a batch whose map or score is not finite."""
+    finite = prediction.maps.flatten(1).isfinite().all(dim=1) & prediction.scores.isfinite()
+    for path, fine in zip(paths, finite.tolist(), strict=True):
+        if not fine:
+            raise ValueError(f"{path}: the model's map or score is not finite.")
+
+
+def mean_over_classes(per_class: list[dict]) -> dict:
+    """Average of each metric over the classes where it is defined: of numbers, or of arrays [R] over resamples.
+
+    A resample in which one of these classes lacks a kind of image has no average.
+    """
     means = {}
     for name in METRICS:
-        values = [metrics[name] for metrics in per_class if not math.isnan(metrics[name])]
-        means[name] = sum(values) / len(values) if values else math.nan
+        values = np.stack([np.atleast_1d(metrics[name]) for metrics in per_class])
+        values = values[~np.isnan(values).all(axis=1)]
+        mean = values.mean(axis=0) if len(values) else np.full(values.shape[1], np.nan)
+        means[name] = mean if np.ndim(per_class[0][name]) else mean.item()
     return means

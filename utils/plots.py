@@ -1,87 +1,280 @@
-"""Pictures for people: contact sheets of images, ground truth and anomaly maps."""
+"""Drawing: contact sheets, one image across models, curves of training, metrics over loops, attention."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+import csv
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
-from forward_utils_cross_attention import Prediction
+from utils.comparison import Row
+from utils.metrics import COLUMNS
 
-PANEL_INCHES = 1.6
+PANEL_INCHES = 1.7
 OUTLINE = "cyan"
-MAP_COLOURS = "inferno"
+MAP_COLOURS, DIFFERENCE_COLOURS, ATTENTION_COLOURS = "inferno", "RdBu_r", "viridis"
+RIGHT, WRONG, UNKNOWN = "#1a7f37", "#c02020", "black"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Panel:
+    """One model's map of an image, `values` [H, W], what is said beneath, and whether that is right (None: unknown)."""
+
+    values: np.ndarray
+    caption: str
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
 class Example:
-    """One image: `pixels` [S, S, 3] in 0..1, `mask` [S, S], and of each model its map [S, S] and detection score."""
+    """An image [H, W, 3] in 0..1 with its ground truth `mask` [H, W] (None: not known) and each model's panel."""
 
     title: str
     pixels: np.ndarray
-    mask: np.ndarray
-    maps: list[np.ndarray]
-    scores: list[float]
-
-
-@dataclass
-class ContactSheets:
-    """Keeps the first `count` anomalous and the first `count` normal images of each class, for all of `models`."""
-
-    models: list[str]
-    count: int
-    kept: dict[str, dict[int, list[Example]]] = field(default_factory=lambda: defaultdict(lambda: {1: [], 0: []}))
-
-    def add(self, batch: dict, predictions: list[Prediction]) -> None:
-        """Take what is wanted of a batch and of every model's predictions on it."""
-        for row, (class_name, label) in enumerate(zip(batch["class_name"], batch["label"].tolist(), strict=True)):
-            examples = self.kept[class_name][label]
-            if len(examples) < self.count:
-                examples.append(
-                    Example(
-                        title="/".join(Path(batch["path"][row]).with_suffix("").parts[-2:]),
-                        pixels=to_picture(batch["image"][row]),
-                        mask=batch["mask"][row, 0].numpy(),
-                        maps=[each.maps[row].cpu().numpy() for each in predictions],
-                        scores=[each.scores[row].item() for each in predictions],
-                    )
-                )
-
-    def write(self, class_name: str, path: Path) -> None:
-        """A row per image: it with the outline of its defect, and every model's map, on one scale for the sheet."""
-        labels = self.kept.pop(class_name)
-        examples = [example for group in labels.values() for example in group]
-        low = min(panel.min() for example in examples for panel in example.maps)
-        high = max(panel.max() for example in examples for panel in example.maps)
-        columns = 1 + len(self.models)
-        figure = Figure(
-            figsize=(PANEL_INCHES * columns + 0.8, PANEL_INCHES * len(examples) + 0.5), layout="constrained"
-        )
-        axes = figure.subplots(len(examples), columns, squeeze=False)
-        for row, example in zip(axes, examples, strict=True):
-            row[0].imshow(example.pixels)
-            row[0].set_ylabel(example.title, fontsize=6)
-            for axis, panel, score in zip(row[1:], example.maps, example.scores, strict=True):
-                shown = axis.imshow(panel, cmap=MAP_COLOURS, vmin=low, vmax=high)
-                axis.set_xlabel(f"detection score {score:.3f}", fontsize=6, labelpad=2)
-            for axis in row:
-                axis.set_xticks([])
-                axis.set_yticks([])
-                if example.mask.any():
-                    axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
-        for axis, title in zip(axes[0], ["image and defect", *self.models], strict=True):
-            axis.set_title(title, fontsize=7)
-        figure.colorbar(shown, ax=axes[:, 1:], shrink=0.6, label="anomaly map")
-        figure.suptitle(class_name, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+    mask: np.ndarray | None
+    panels: list[Panel]
 
 
 def to_picture(pixels: Tensor) -> np.ndarray:
     """CLIP's normalised pixels [3, S, S] -> [S, S, 3] in 0..1."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def draw_examples(
+    examples: list[Example],
+    models: list[str],
+    scaled_by: str,
+    title: str,
+    path: Path,
+) -> None:
+    """A row per image: it, with the outline of its defect, every model's map, and later models' less the first's.
+
+    Maps are drawn from 0 to 1; `scaled_by` says what they were scaled by. All differences share a scale around 0.
+    """
+    later = models[1:]
+    shapes = [example.pixels.shape[0] / example.pixels.shape[1] for example in examples]
+    columns = 1 + len(models) + len(later)
+    figure = Figure(
+        figsize=(PANEL_INCHES * columns + 1.2, sum((PANEL_INCHES + 0.35) * shape for shape in shapes) + 0.9),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(examples), columns, squeeze=False, height_ratios=shapes)
+    moved = [panel.values - example.panels[0].values for example in examples for panel in example.panels[1:]]
+    most = max((np.abs(values).max() for values in moved), default=0) or 1.0
+    for row, example in zip(axes, examples, strict=True):
+        row[0].imshow(example.pixels)
+        row[0].set_ylabel(example.title, fontsize=6)
+        for axis, panel in zip(row[1:], example.panels, strict=False):
+            shown = axis.imshow(panel.values, cmap=MAP_COLOURS, vmin=0, vmax=1, extent=_extent(example.pixels))
+            colour = UNKNOWN if panel.right is None else RIGHT if panel.right else WRONG
+            axis.set_xlabel(panel.caption, fontsize=6, labelpad=2, color=colour)
+        for axis, panel in zip(row[1 + len(models) :], example.panels[1:], strict=False):
+            changed = axis.imshow(
+                panel.values - example.panels[0].values,
+                cmap=DIFFERENCE_COLOURS,
+                vmin=-most,
+                vmax=most,
+                extent=_extent(example.pixels),
+            )
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if example.mask is not None and example.mask.any():
+                axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+    masks = any(example.mask is not None and example.mask.any() for example in examples)
+    heads = [
+        "image and defect" if masks else "image",
+        *models,
+        *(f"{name} less {'the first' if len(later) > 1 else models[0]}" for name in later),
+    ]
+    for axis, head in zip(axes[0], heads, strict=True):
+        axis.set_title(_wrapped(head), fontsize=6)
+    bar = {"location": "bottom", "shrink": 0.8, "aspect": 30, "pad": 0.01}
+    figure.colorbar(shown, ax=axes[:, 1 : 1 + len(models)], **bar).set_label(
+        f"anomaly map, scaled by {scaled_by}", fontsize=6
+    )
+    if later:
+        figure.colorbar(changed, ax=axes[:, 1 + len(models) :], **bar).set_label("difference", fontsize=6)
+    for axis in figure.axes[-2 if later else -1 :]:
+        axis.tick_params(labelsize=6)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def _extent(pixels: np.ndarray) -> tuple[float, float, float, float]:
+    """Where a map lies that covers an image [H, W, 3], for imshow."""
+    return -0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5
+
+
+def _wrapped(name: str, width: int = 24) -> str:
+    """A name over several lines, broken after slashes and underscores."""
+    lines = [""]
+    for piece in name.replace("/", "/\0").replace("_", "_\0").replace(" ", " \0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.strip() for line in lines)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_metrics_over_loops(runs: dict[str, dict[int, tuple[Row, Row | None]]], title: str, path: Path) -> None:
+    """A small plot per metric: every run's average, loop by loop; the base is loop 0 and a dashed line.
+
+    `runs`: {run: {loop: (its row, its difference from the base)}}; bars are the intervals of the differences.
+    """
+    shown = [
+        metric
+        for metric in COLUMNS
+        if any(not math.isnan(row.values[metric]) for loops in runs.values() for row, _ in loops.values())
+    ]
+    columns = math.ceil(len(shown) / 2)
+    figure = Figure(figsize=(2.4 * columns, 5), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False).ravel()
+    for axis, metric in zip(axes, shown, strict=False):
+        for number, (run, loops) in enumerate(runs.items()):
+            values = [100 * row.values[metric] for row, _ in loops.values()]
+            axis.plot(list(loops), values, marker="o", markersize=3, color=f"C{number}", label=run)
+            axis.axhline(values[0], color=f"C{number}", linestyle="--", linewidth=0.8)
+            for loop, (row, moved) in loops.items():
+                if moved and not math.isnan(moved.low[metric]):
+                    base = row.values[metric] - moved.values[metric]
+                    ends = [100 * (base + side[metric]) for side in (moved.low, moved.high)]
+                    axis.plot([loop, loop], ends, color=f"C{number}", linewidth=3, alpha=0.25)
+        axis.set_title(" ".join(COLUMNS[metric]), fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.tick_params(labelsize=7)
+        axis.ticklabel_format(useOffset=False)
+    for axis in axes[len(shown) :]:
+        axis.axis("off")
+    for axis in axes[columns:]:
+        axis.set_xlabel("loop (0: the base)", fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=3)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_training(log: Path, path: Path) -> bool:
+    """What log.csv has of each epoch, stage by stage: loss terms, anchor separation, gradients, added terms.
+
+    Returns False, drawing nothing, where no epoch is finished.
+    """
+    with open(log, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] in ("epoch", "held_out")]
+    if not rows:
+        return False
+    subjects = {
+        "loss": ("loss",),
+        "loss terms": ("focal_", "dice_", "orthogonal", "classification"),
+        "anchor separation": ("anchor_separation",),
+        "gradient norm": ("grad_norm_",),
+        "update per step": ("update_",),
+        "added term / input": ("added_",),
+    }
+    figure = Figure(figsize=(20, 6), layout="constrained")
+    grid = figure.subplots(2, len(subjects))
+    for number, line in enumerate(grid, start=1):
+        stage = [row for row in rows if row["stage"] == str(number)]
+        for axis, (subject, starts) in zip(line, subjects.items(), strict=True):
+            _draw_columns(axis, stage, [name for name in rows[0] if name.startswith(starts)])
+            axis.set_title(f"Stage {number}: {subject}", fontsize=8)
+    figure.suptitle(f"{log.parent.name}: means over epochs (dashed: held out; grey: a new loop begins)", fontsize=9)
+    _save(figure, path)
+    return True
+
+
+def _draw_columns(axis: Axes, rows: list[dict[str, str]], names: list[str]) -> None:
+    """Columns of a log over epochs, all loops after one another."""
+    places: dict[tuple[str, str], int] = {}
+    for row in rows:
+        places.setdefault((row["loop"], row["epoch"]), len(places) + 1)
+    for kind, line in (("epoch", "-"), ("held_out", "--")):
+        for number, name in enumerate(names):
+            points = [
+                (places[row["loop"], row["epoch"]], float(row[name]))
+                for row in rows
+                if row["kind"] == kind and row[name]
+            ]
+            if points:
+                style = {"marker": ".", "markersize": 3} if kind == "epoch" else {}
+                label = name.removeprefix("grad_norm_").removeprefix("update_").removeprefix("added_")
+                colour = colormaps["tab20"](number % 20)
+                axis.plot(*zip(*points, strict=True), line, color=colour, label=label if line == "-" else None, **style)
+    for (loop, epoch), place in places.items():
+        if loop != "1" and epoch == "1":
+            axis.axvline(place - 0.5, color="grey", linewidth=0.5)
+    axis.set_xlabel("epoch", fontsize=7)
+    axis.tick_params(labelsize=6)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(names) > 1 and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_prompts_on_image(
+    example: Example, maps: np.ndarray, cls: np.ndarray, prompts: list[str], title: str, path: Path
+) -> None:
+    """Which patches each prompt looks at: `maps` [P, h, w] in units of even attention, `cls` [P] the share of CLS."""
+    columns = 6
+    lines = math.ceil((len(prompts) + 1) / columns)
+    figure = Figure(figsize=(PANEL_INCHES * columns + 1, (PANEL_INCHES + 0.3) * lines + 0.3), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    first, *others = axes.ravel()
+    first.imshow(example.pixels)
+    first.set_title("image", fontsize=6)
+    high = max(maps.max(), 2.0)
+    for axis, values, prompt, share in zip(others, maps, prompts, cls, strict=False):
+        shown = axis.imshow(values, cmap=ATTENTION_COLOURS, vmin=0, vmax=high, extent=_extent(example.pixels))
+        axis.set_title(f"{_wrapped(prompt, 30)}\nCLS {share:.2f}", fontsize=5)
+    for axis in axes.ravel():
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in axes.ravel()[: len(prompts) + 1]:
+        if example.mask is not None and example.mask.any():
+            axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+    for axis in axes.ravel()[len(prompts) + 1 :]:
+        axis.axis("off")
+    bar = figure.colorbar(shown, ax=axes, shrink=0.5)
+    bar.set_label("attention (1: as much as to any patch)", fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_tokens_of_patches(places: dict[str, np.ndarray], tokens: list[list[str]], title: str, path: Path) -> None:
+    """Which prompt tokens image tokens look at: {place: [P, L] in units of even attention}, with the tokens written in.
+
+    `tokens`: the P prompts' tokens; what a prompt has not, up to L, is padding and stays empty.
+    """
+    rows, columns = next(iter(places.values())).shape
+    figure = Figure(figsize=(0.5 * columns * len(places) + 1.5, 0.27 * rows + 1), layout="constrained")
+    axes = figure.subplots(1, len(places), squeeze=False)[0]
+    high = max(2.0, max(values.max() for values in places.values()))
+    for axis, (place, values) in zip(axes, places.items(), strict=True):
+        words = np.array([[*line, *[""] * (columns - len(line))] for line in tokens])
+        shown = axis.imshow(
+            np.where(words == "", np.nan, values), cmap=ATTENTION_COLOURS, vmin=0, vmax=high, aspect="auto"
+        )
+        for (row, column), word in np.ndenumerate(words):
+            colour = "black" if values[row, column] > 0.6 * high else "white"
+            axis.text(column, row, word, ha="center", va="center", fontsize=4.5, color=colour)
+        axis.set_title(place, fontsize=7)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    bar = figure.colorbar(shown, ax=axes, shrink=0.7)
+    bar.set_label("attention (1: as much as to any token)", fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)

@@ -9,6 +9,7 @@ from model.backbone import load_backbone
 from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint
 from utils.engine import Trainer, load_training_data
+from utils.logs import tensorboard_writer
 from utils.plan import Run, Stage, describe_plan
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ def start(
         logger.info("%s is finished up to loop %d; there is nothing left to train.", run.folder, run.last_loop)
         return None
     device = arguments.device_of(args)
+    tensorboard = tensorboard_writer() if args.tensorboard else None
     config = run.config
     data = load_training_data(run.settings, args.data_root, config.img_size, args.cache_images)
     backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, args.clip_weights)
     check_grid(backbone.grid, data.domain)
     model = checkpoints.build_model(config, backbone, checkpoint, device, run.settings.seed)
-    trainer = Trainer(model, data, run, on_stage_end, arguments.workers_of(args))
+    trainer = Trainer(model, data, run, on_stage_end, arguments.workers_of(args), tensorboard)
     if state:
         what = f"{run.folder}: this run has CLIP weights of SHA-256"
         checkpoints.check_clip(state["clip_sha256"], backbone, what)

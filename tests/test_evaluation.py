@@ -1,0 +1,181 @@
+"""What is compared with what, and the rows of the tables."""
+
+import csv
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.sets import open_dataset
+from utils import bootstrap, evaluation, pictures, tables
+from utils.checkpoints import Checkpoint, load_checkpoint
+from utils.comparison import Row, comparison, difference, left_out, same_but_for_seed
+from utils.evaluation import AVERAGE, collect, finish_class, model_names
+from utils.metrics import METRICS, ClassScores
+
+
+def with_seed(run: Path, folder: Path, seed: int) -> Path:
+    """A copy of a run that says it has another seed."""
+    shutil.copytree(run, folder)
+    for path in folder.glob("loop_*.pth"):
+        content = torch.load(path, weights_only=True)
+        content["config"]["training"]["seed"] = seed
+        torch.save(content, path)
+    return folder
+
+
+def model_at(
+    path: str, values: float, loop: int = 1, seed: int = 0, base: evaluation.Tested | None = None
+) -> evaluation.Tested:
+    training = {"seed": seed, "dataset": "VisA", "image_lr": 5e-4}
+    of_base = {"sha256": {}, "datasets": ["VisA"], "training": dict(training)}
+    checkpoint = Checkpoint(Path(path), loop, {}, of_base, {}, training, is_loop_file=True)
+    each = evaluation.Tested(
+        checkpoint, None, "/".join(Path(path).with_suffix("").parts[-2:]), {"base": base} if base else {}
+    )
+    each.results = {name: dict.fromkeys(METRICS, values) for name in ("bolt", AVERAGE)}
+    noise = np.random.default_rng(0).normal(0, 0.01, 100)
+    each.resampled = {name: dict.fromkeys(METRICS, values + noise) for name in ("bolt", AVERAGE)}
+    return each
+
+
+def test_loops_bring_their_base_and_their_control(run, tmp_path):
+    control = with_seed(run, tmp_path / "control", 111)
+    wanted = collect([run / "loop_2.pth"], [control])
+    shown = [(each.checkpoint.path.parent.name, each.checkpoint.loop) for each in wanted.values()]
+    assert shown == [("x", 0), ("control", 2), ("x", 2)]  # one base for both
+    (key,) = [key for key, each in wanted.items() if each.checkpoint.path == run / "loop_2.pth"]
+    assert list(wanted[key].references) == ["base", "control"]
+    with pytest.raises(ValueError, match="has loops"):
+        collect([run / "loop_0.pth"], [control])
+    other = with_seed(run, tmp_path / "other", 5)
+    matched = collect([run / "loop_1.pth", other / "loop_1.pth"], [control, with_seed(run, tmp_path / "five", 5)])
+    names = {each.checkpoint.path.parent.name: each.references.get("control", "") for each in matched.values()}
+    assert names["x"].endswith(str(Path("control", "loop_1.pth"))) and names["other"].endswith(
+        str(Path("five", "loop_1.pth"))
+    )
+    with pytest.raises(ValueError, match="2 are loop 1 of seed 111"):
+        collect([run / "loop_1.pth"], [control, with_seed(run, tmp_path / "again", 111)])
+
+
+def test_names_are_as_long_as_they_must_be():
+    paths = ["a/x/loop_1.pth", "b/x/loop_1.pth", "b/x/loop_0.pth", "c/Visa_base"]
+    files = [SimpleNamespace(path=Path(path), loop=int("1" in path), is_loop_file="loop" in path) for path in paths]
+    assert model_names(files) == ["a/x/loop_1", "b/x/loop_1", "x/loop_0 (base)", "Visa_base"]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_pooled():
+    bases = [model_at(f"s{seed}/loop_0.pth", 0.5 + 0.01 * seed, 0, seed) for seed in (0, 1)]
+    runs = [model_at(f"s{seed}/loop_1.pth", 0.6 + 0.03 * seed, 1, seed, bases[seed]) for seed in (0, 1)]
+    other = model_at("s2/loop_1.pth", 0.9, 1, 2)
+    other.checkpoint.training["image_lr"] = 1e-3
+    assert [len(group) for group in same_but_for_seed([*bases, *runs, other])] == [2, 2]
+    rows = comparison([*bases, *runs, other], SimpleNamespace(name="parts"), AVERAGE)
+    means = {(row.of, row.less): row for row in rows if row.spread}
+    name = "mean of s0/loop_1 over seeds 0, 1"
+    assert means[name, None].values["pixel_ap"] == pytest.approx(0.615)
+    assert means[name, None].spread["pixel_ap"] == pytest.approx(0.03 / math.sqrt(2))
+    assert means[name, "base"].values["pixel_ap"] == pytest.approx(0.11)
+    runs[1].checkpoint.base["training"]["image_lr"] = 1e-3  # of another kind of base
+    assert [len(group) for group in same_but_for_seed([*bases, *runs])] == [2]
+    same = replace(runs[0].checkpoint)
+    assert same_but_for_seed([runs[0], evaluation.Tested(same, None, "copy")]) == []  # the same seed twice
+
+
+def test_differences_are_paired():
+    base = model_at("x/loop_0.pth", 0.50, 0)
+    run = model_at("x/loop_1.pth", 0.52, 1, 0, base)
+    row = difference(run, "base", AVERAGE)
+    assert row.values["image_ap"] == pytest.approx(0.02)
+    assert row.low["image_ap"] == pytest.approx(0.02)  # their noise is the same
+    assert row.is_sure("image_ap")
+    assert not replace(row, low=dict.fromkeys(METRICS, -0.1)).is_sure("image_ap")
+    assert not replace(row, low=dict.fromkeys(METRICS, math.nan), high=dict.fromkeys(METRICS, math.nan)).is_sure(
+        "image_ap"
+    )
+
+
+def test_reported_numbers_stand_beside_ours():
+    rows = comparison([model_at("x/loop_0.pth", 0.5, 0)], SimpleNamespace(name="MVTec"), AVERAGE)
+    assert rows[-1].name.startswith("reported by AA-CLIP") and rows[-1].values["pixel_ap"] == pytest.approx(0.4527)
+    assert math.isnan(rows[-1].values["pixel_aupro"])
+    (row,) = comparison([model_at("x/loop_0.pth", 0.5, 0)], SimpleNamespace(name="MVTec"), "bolt")
+    assert row.less is None and row.of == "x/loop_0"
+
+
+def test_classes_that_an_average_leaves_out_are_named():
+    each = model_at("x/loop_1.pth", 0.5)
+    each.samples = {"bolt": None, "nut": None}
+    each.results["nut"] = dict.fromkeys(METRICS, 0.5) | {"image_ap": math.nan}
+    assert left_out([each]) == {"image_ap": ["nut"]}
+    without = model_at("y/loop_1.pth", math.nan)  # has no average, so nothing is left out of it
+    without.samples = each.samples
+    without.results["nut"] = without.results["bolt"]
+    assert left_out([each, without]) == {"image_ap": ["nut"]}
+
+
+def test_percent_and_escapes():
+    assert [tables.percent(value, True) for value in (-0.00001, 0.0123, math.nan)] == ["+0.00", "+1.23", "n/a"]
+    row = Row("x_1", "base", {"pixel_ap": 0.01}, {"pixel_ap": -0.01}, {"pixel_ap": 0.03})
+    assert tables._latex_cell(row, "pixel_ap") == "$+1.00$ {\\scriptsize $[-1.00, +3.00]$}"
+    assert tables._escape("a_b & 5 %") == "a\\_b \\& 5 \\%"
+
+
+def test_most_improved_come_first():
+    rng = np.random.default_rng(0)
+    labels = [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]
+    base, run = model_at("x/loop_0.pth", 0.5, 0), model_at("x/loop_1.pth", 0.5, 1)
+    run.references["base"] = base
+    for each, shift in ((base, np.zeros(12)), (run, np.linspace(-0.3, 0.3, 12))):
+        scores = ClassScores("industrial")
+        scores.paths, scores.labels, scores.maskless = [""] * 12, labels, True
+        scores.scores = (np.linspace(0.3, 0.7, 12) + shift).tolist()
+        scores.single = scores.highest = scores.scores
+        scores.lowest, scores.regions, scores.pixel_ap = rng.random(12).tolist(), [0] * 12, [math.nan] * 12
+        finish_class([each], "bolt", [scores], (0, 0), 10)
+    chosen = pictures.choose(run, "bolt", 3)
+    assert [labels[row] for row in chosen] == [1, 1, 1, 0, 0, 0]
+    moved = run.samples["bolt"].scores - base.samples["bolt"].scores
+    assert moved[chosen[0]] == moved[::2].max() and moved[chosen[2]] == moved[::2].min()
+    assert moved[chosen[3]] == moved[1::2].min()  # a lower score is better on a normal image
+    assert len(pictures.choose(run, "bolt", 50)) == 12
+    assert pictures.choose(base, "bolt", 2) == [0, 2, 1, 3]
+
+
+def test_side_by_side_with_a_control_and_over_seeds(scripts, run, tmp_path, data_root, capsys, monkeypatch):
+    """Twins of one run: their differences are zero, and so is their deviation over seeds."""
+    monkeypatch.setattr(bootstrap, "MIN_IMAGES", 5)
+    twin, control = with_seed(run, tmp_path / "twin", 5), with_seed(run, tmp_path / "control", 111)
+    command = ["test", "--ckpt", run / "loop_2.pth", twin / "loop_2.pth", "--control", control, "--dataset", "small"]
+    assert scripts(*command, "--device", "cpu", "--resamples", 50) == 0
+    out = capsys.readouterr().out
+    assert "mean of x/loop_2 over seeds 5, 111" in out and out.count("less its control") == 2 * 3 + 1
+    average = out[out.index("average of 2 classes") :]
+    assert "95% from" in average and "± over seeds" in average
+    content = json.loads((twin / "comparison_small.json").read_text(encoding="utf-8"))
+    rows = {(row["of"], row.get("less")): row for row in content["rows"]["average"]}
+    assert rows["mean of x/loop_2 over seeds 5, 111", None]["spread"]["pixel_ap"] == 0
+    less = rows["twin/loop_2", "control"]
+    assert less["values"]["image_ap"] == 0 == less["high"]["image_ap"]
+    assert content["models"][-1]["compared_with"]["control"] == "control/loop_2"
+    latex = (twin / "comparison_small.tex").read_text(encoding="utf-8")
+    assert latex.count(" & ") > 50 and latex.startswith("\\begin{tabular}{lrrrr") and "\\quad less its base" in latex
+    with open(twin / "loop_2_small_images.csv", newline="", encoding="utf-8") as file:
+        images = list(csv.DictReader(file))
+    assert len(images) == len(open_dataset("small", data_root).records)
+    assert {row["decision"] for row in images} <= {"0", "1"} and all(
+        0 <= float(row["probability"]) <= 1 for row in images
+    )
+
+
+def test_every_loop_file_has_a_calibration(run, base):
+    for name in ("loop_0.pth", "loop_1.pth", "loop_2.pth"):
+        fitted = load_checkpoint(run / name).calibration
+        assert fitted.images == 20 and not fitted.held_out and 0 < fitted.threshold < 1
+    assert load_checkpoint(base).calibration == load_checkpoint(run / "loop_0.pth").calibration

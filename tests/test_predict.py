@@ -1,0 +1,109 @@
+"""predict.py and its Python interface: own images without a data set."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.images import read_image
+from predict import Detector, find_images
+
+
+@pytest.fixture
+def images(tmp_path, data_root):
+    """A folder with three images of two sizes, one of them in a folder of its own, and a text file."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "b.JPG", "more/a.png")):
+        image = Image.open(data_root / "small" / "candle" / f"{number % 2}_{number}.png")
+        image.resize((60 + 20 * number, 50)).save(folder / name, "JPEG" if name.endswith("JPG") else "PNG")
+    (folder / "notes.txt").write_text("no image", encoding="utf-8")
+    return folder
+
+
+def test_images_are_files_folders_and_patterns(images):
+    found = find_images([str(images)])
+    assert {path.relative_to(images).as_posix(): name for path, name in found.items()} == {
+        "a.png": "a",
+        "b.JPG": "b",
+        "more/a.png": "more_a",
+    }
+    both = find_images([str(images / "a.png"), str(images / "**" / "*.png")])
+    assert sorted(both.values()) == ["a", "a__2"] and len(both) == 2
+    for text in (str(images / "*"), str(images / "**" / "*")):
+        assert not {path.name for path in find_images([text])} & {"notes.txt", "more"}
+    Image.new("RGB", (9, 9)).save(images / "a__2.png")
+    names = [name.casefold() for name in find_images([str(images), str(images / "more" / "a.png")]).values()]
+    assert len(set(names)) == len(names) == 4
+    with pytest.raises(FileNotFoundError, match="no image there"):
+        find_images([str(images / "*.gif")])
+
+
+def predict(scripts, *words: object) -> int:
+    return scripts("predict", *words, "--device", "cpu")
+
+
+def test_scores_maps_pictures_and_a_table(scripts, run, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    ckpts = [run / "loop_0.pth", run / "loop_2.pth"]
+    assert predict(scripts, "--ckpt", *ckpts, "--images", images, "--class_name", "candle", "--save_path", out) == 0
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == ["x/loop_0 (base)", "x/loop_2"] * 3
+    for row in rows:
+        values = np.load(out / row["map"])
+        assert values.shape == (64, 64) and values.max() == pytest.approx(float(row["highest_map_value"]))
+        assert 0 <= float(row["score"]) <= 1 and row["decision"] in ("normal", "anomalous")
+    assert {path.name for path in out.glob("*.png")} == {"a.png", "b.png", "more_a.png"}
+    assert "x/loop_2" in capsys.readouterr().out
+
+
+def test_three_lines_of_python_say_the_same(scripts, run, images, tmp_path):
+    out, ckpt = tmp_path / "out", run / "loop_1.pth"
+    assert predict(scripts, "--ckpt", ckpt, "--images", images, "--class_name", "candle", "--save_path", out) == 0
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    detector = Detector.load(ckpt, class_name="candle", device="cpu")
+    for image in (images / "a.png", str(images / "a.png"), read_image(images / "a.png")):
+        verdict = detector(image)
+        assert verdict.score == pytest.approx(float(row["score"]), abs=1e-6)
+        assert verdict.probability == pytest.approx(float(row["probability"]), abs=1e-6)
+        assert verdict.anomalous == (row["decision"] == "anomalous")
+        assert np.allclose(verdict.map, np.load(out / row["map"]), atol=1e-4)
+    with Image.open(images / "a.png") as opened:
+        assert detector(opened).score == detector(images / "a.png").score
+    with pytest.raises(ValueError, match="Name one of its files"):
+        Detector.load(run, device="cpu")
+    with pytest.raises(ValueError, match="expected industrial or medical"):
+        Detector.load(ckpt, domain="medcal", device="cpu")
+
+
+def test_an_unreadable_image_is_reported_and_the_others_go_on(scripts, run, images, tmp_path, capsys):
+    (images / "b.JPG").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert predict(scripts, "--ckpt", run / "loop_2.pth", "--images", images, "--save_path", out) == 1
+    err = capsys.readouterr().err
+    assert "b.JPG: not readable as an image" in err and "1 of 3 images could not be judged" in err
+    assert sorted(path.name for path in out.glob("*.png")) == ["a.png", "more_a.png"]
+
+
+def test_a_base_without_calibration_decides_nothing(scripts, base, images, tmp_path, capsys):
+    folder = tmp_path / "silent"
+    folder.mkdir()
+    for name in ("text_adapter.pth", "image_adapter.pth"):
+        content = torch.load(base / name, weights_only=True)
+        content.pop("calibration", None)
+        torch.save(content, folder / name)
+    out = tmp_path / "out"
+    assert predict(scripts, "--ckpt", folder, "--images", images / "a.png", "--save_path", out) == 0
+    text, err = capsys.readouterr()
+    assert "n/a" in text and "without a calibration" in err
+    assert not Detector.load(folder, device="cpu")(images / "a.png").anomalous
+
+
+def test_nothing_to_judge_ends_with_2(scripts, run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert predict(scripts, "--ckpt", run / "loop_2.pth", "--images", tmp_path / "gone", "--save_path", out) == 2
+    assert "no image there" in capsys.readouterr().err and not out.exists()

@@ -1,0 +1,81 @@
+"""From raw scores to the probability that an image is anomalous, and to a decision.
+
+A logistic regression on the detection score and the highest raw map value, so that an image is judged alone. It is
+fitted at the end of each loop on images of training, never on those of a test.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_curve
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """probability = sigmoid(intercept + detection weight x detection score + map weight x highest map value).
+
+    An image is called anomalous from `threshold` on. `held_out` tells whether the `images` it was fitted on had not
+    been trained on; where they had, probabilities and decisions are optimistic. `map_range` is the lowest and the
+    highest map value of these images: a scale for pictures that does not depend on the picture.
+    """
+
+    detection_weight: float
+    map_weight: float
+    intercept: float
+    threshold: float
+    map_range: tuple[float, float]
+    images: int
+    held_out: bool
+
+    def probabilities(self, scores: np.ndarray, highest: np.ndarray) -> np.ndarray:
+        """Detection scores and highest map values [n] -> probabilities [n]."""
+        logits = self.intercept + self.detection_weight * scores + self.map_weight * highest
+        return 0.5 * (1 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
+
+    def decisions(self, probabilities: np.ndarray) -> np.ndarray:
+        """Probabilities -> whether the images are called anomalous."""
+        return probabilities >= self.threshold
+
+
+def fit(
+    scores: Sequence[float],
+    highest: Sequence[float],
+    labels: Sequence[int],
+    map_range: tuple[float, float],
+    held_out: bool,
+) -> Calibration | None:
+    """Fit on n images; None where all are of one kind, so that there is nothing to tell apart.
+
+    Both kinds weigh the same, whatever their numbers. The threshold has the highest F1 on these images; it lies halfway
+    to the next lower probability, at 0 where there is none.
+    """
+    labels = np.asarray(labels)
+    if len(set(labels.tolist())) < 2:
+        return None
+    features = np.stack([scores, highest], axis=1).astype(float)
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    model.fit(features, labels)
+    scaler, regression = model[0], model[-1]
+    weights = regression.coef_[0] / scaler.scale_
+    fitted = Calibration(
+        detection_weight=float(weights[0]),
+        map_weight=float(weights[1]),
+        intercept=float(regression.intercept_[0] - weights @ scaler.mean_),
+        threshold=0.5,
+        map_range=map_range,
+        images=len(labels),
+        held_out=held_out,
+    )
+    return replace(fitted, threshold=_best_threshold(labels, fitted.probabilities(features[:, 0], features[:, 1])))
+
+
+def _best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    precision, recall, thresholds = precision_recall_curve(labels, probabilities)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = thresholds[f1[:-1].argmax()]
+    below = probabilities[probabilities < best]
+    return float((best + below.max()) / 2) if len(below) else 0.0
