@@ -188,7 +188,7 @@ def judge_all(detectors: list[Detector], images: dict[Path, str], folder: Path) 
             file = folder / map_file(stem, detector)
             np.save(file, verdict.map)
             decision = None if verdict.anomalous is None else "anomalous" if verdict.anomalous else "normal"
-            row = {"image": str(path), "model": detector.name, "score": verdict.score, "decision": decision}
+            row = {"image": str(path), "model": detector.name, "single_score": verdict.score, "decision": decision}
             row |= {"probability": verdict.probability, "detection_score": verdict.detection_score}
             rows.append(
                 row | {"highest_map_value": verdict.highest, "lowest_map_value": verdict.map.min(), "map": file.name}
@@ -217,7 +217,7 @@ def draw(
     image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     panels = []
     for row, (low, high) in zip(rows, ranges, strict=True):
-        caption = f"score {row['score']:.3f}"
+        caption = f"score {row['single_score']:.3f}"
         if row["decision"]:
             caption += f", p {row['probability']:.2f}: {row['decision']}"
         panels.append(Panel((np.load(folder / row["map"]) - low) / max(high - low, 1e-12), caption))
@@ -231,7 +231,10 @@ def main() -> int:
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, args)
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:
-        logger.warning("No decisions from %s: a file without a calibration. Loop files have one.", ", ".join(silent))
+        logger.warning(
+            "No decisions from %s: a file without a calibration; loop files have one, loop_0.pth for the base.",
+            ", ".join(silent),
+        )
     args.save_path.mkdir(parents=True, exist_ok=True)
     rows, failed = judge_all(detectors, images, args.save_path)
     if rows:
@@ -258,9 +261,8 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'image':{width}}  {'model':{names}}  score  probability  decision"]
     for row in rows:
         p = "n/a" if row["probability"] is None else f"{row['probability']:.3f}"
-        lines.append(
-            f"{row['image']:{width}}  {row['model']:{names}}  {row['score']:.3f}  {p:>11}  {row['decision'] or 'n/a'}"
-        )
+        score, decision = f"{row['single_score']:.3f}", row["decision"] or "n/a"
+        lines.append(f"{row['image']:{width}}  {row['model']:{names}}  {score}  {p:>11}  {decision}")
     return "\n".join(lines)
 
 

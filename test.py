@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         "base; 0 for none",
     )
     group.add_argument(
-        "--report", action="store_true", help="write report.html, with pictures, beside the last checkpoint"
+        "--report", action="store_true", help="write report_<data sets>.html, with pictures, beside the last checkpoint"
     )
     group.add_argument("--list_images", action="store_true", help="print the images with their numbers, and stop")
     group.add_argument(

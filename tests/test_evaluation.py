@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dataset.sets import open_dataset
+from tests.conftest import EPOCHS, write_small_dataset
 from utils import bootstrap, evaluation, pictures, tables
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.comparison import Row, comparison, difference, left_out, same_but_for_seed
@@ -52,7 +53,7 @@ def test_loops_bring_their_base_and_their_control(run, tmp_path):
     assert shown == [("x", 0), ("control", 2), ("x", 2)]  # one base for both
     (key,) = [key for key, each in wanted.items() if each.checkpoint.path == run / "loop_2.pth"]
     assert list(wanted[key].references) == ["base", "control"]
-    with pytest.raises(ValueError, match="has loops"):
+    with pytest.raises(ValueError, match="expected other runs"):
         collect([run / "loop_0.pth"], [control])
     other = with_seed(run, tmp_path / "other", 5)
     matched = collect([run / "loop_1.pth", other / "loop_1.pth"], [control, with_seed(run, tmp_path / "five", 5)])
@@ -179,3 +180,13 @@ def test_every_loop_file_has_a_calibration(run, base):
         fitted = load_checkpoint(run / name).calibration
         assert fitted.images == 20 and not fitted.held_out and 0 < fitted.threshold < 1
     assert load_checkpoint(base).calibration == load_checkpoint(run / "loop_0.pth").calibration
+
+
+def test_a_calibration_is_held_out_only_where_the_base_saw_none_of_it(scripts, base, tmp_path):
+    write_small_dataset(tmp_path / "other", classes=("bolt",))
+    write_small_dataset(tmp_path / "small")
+    for dataset, held_out in (("small", False), ("other", True)):  # the base was trained on all of small
+        command = ["train_cross_attention", "--resume", base, "--dataset", dataset, "--val_fraction", "0.4", *EPOCHS]
+        folder = tmp_path / f"on_{dataset}"
+        assert scripts(*command, "--loops", "1", "--device", "cpu", "--save_path", folder, data_root=tmp_path) == 0
+        assert load_checkpoint(folder / "loop_1.pth").calibration.held_out == held_out

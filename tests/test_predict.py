@@ -55,7 +55,7 @@ def test_scores_maps_pictures_and_a_table(scripts, run, images, tmp_path, capsys
     for row in rows:
         values = np.load(out / row["map"])
         assert values.shape == (64, 64) and values.max() == pytest.approx(float(row["highest_map_value"]))
-        assert 0 <= float(row["score"]) <= 1 and row["decision"] in ("normal", "anomalous")
+        assert 0 <= float(row["single_score"]) <= 1 and row["decision"] in ("normal", "anomalous")
     assert {path.name for path in out.glob("*.png")} == {"a.png", "b.png", "more_a.png"}
     assert "x/loop_2" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_three_lines_of_python_say_the_same(scripts, run, images, tmp_path):
     detector = Detector.load(ckpt, class_name="candle", device="cpu")
     for image in (images / "a.png", str(images / "a.png"), read_image(images / "a.png")):
         verdict = detector(image)
-        assert verdict.score == pytest.approx(float(row["score"]), abs=1e-6)
+        assert verdict.score == pytest.approx(float(row["single_score"]), abs=1e-6)
         assert verdict.probability == pytest.approx(float(row["probability"]), abs=1e-6)
         assert verdict.anomalous == (row["decision"] == "anomalous")
         assert np.allclose(verdict.map, np.load(out / row["map"]), atol=1e-4)

@@ -38,7 +38,7 @@ def report(tmp_path_factory, run, data_root):
     with pytest.MonkeyPatch.context() as monkeypatch:
         command = ["--ckpt", folder, "--dataset", "small", "--device", "cpu", "--resamples", 50, "--report"]
         assert Scripts(monkeypatch, data_root)("test", *command) == 0
-    return folder / "report.html"
+    return folder / "report_small.html"
 
 
 def test_everything_is_in_one_file(report):

@@ -123,6 +123,9 @@ def collect(paths: list[Path], controls: list[Path]) -> dict[str, Wanted]:
             found[key] = Wanted(checkpoint, references)
         return key
 
+    for each in pool:
+        if each.training["feedback"] != "off" or any(each.modules[name] for name in each.modules if "cross" in name):
+            logger.warning("--control: %s is no longer base: it has feedback or cross-attention.", each.path)
     asked = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
     for checkpoint in asked:
         same = [each for each in pool if each.loop == checkpoint.loop]
@@ -136,7 +139,10 @@ def collect(paths: list[Path], controls: list[Path]) -> dict[str, Wanted]:
             logger.warning("--control: %s is of another seed than %s.", own[0].path, checkpoint.path)
     if controls and not any("control" in wanted.references for wanted in found.values()):
         loops = sorted({each.loop for each in pool})
-        raise ValueError(f"--control: has loops {loops}, and none of --ckpt is one of these, of the same seed.")
+        raise ValueError(
+            f"--control {' '.join(map(str, controls))}: expected other runs with the loops of --ckpt; found loops "
+            f"{loops}, none of which is the loop (and where there are several the seed) of another run in --ckpt."
+        )
     return found
 
 

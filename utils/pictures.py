@@ -54,7 +54,9 @@ def draw_sheets(subject: Tested, data: DataSet, bank: PromptBank, batching: Batc
             title = f"{_short(records[row])}\n{_movement(models, class_name, row)}"
             examples.append(_example(batch, number, title, panels))
         path = picture_folder(subject, data) / f"{file_name(class_name)}.png"
-        title = f"{data.name}, {class_name}: most improved first, then most worsened" if len(models) > 1 else class_name
+        title = f"{data.name}, {class_name} (decided rightly: green, wrongly: red)"
+        if len(models) > 1:
+            title += "\nof each kind the most improved first, then the most worsened"
         names = [each.name for each in models]
         plots.draw_examples(examples, names, "a model's extremes in the class, as for the score", title, path)
         paths.append(path)

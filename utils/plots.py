@@ -20,6 +20,8 @@ from utils.metrics import COLUMNS
 PANEL_INCHES = 1.7
 OUTLINE = "cyan"
 MAP_COLOURS, DIFFERENCE_COLOURS, ATTENTION_COLOURS = "inferno", "RdBu_r", "viridis"
+# Of differences of maps that go from 0 to 1.
+SMALLEST_SCALE = 0.05
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#c02020", "black"
 
 
@@ -68,7 +70,8 @@ def draw_examples(
     )
     axes = figure.subplots(len(examples), columns, squeeze=False, height_ratios=shapes)
     moved = [panel.values - example.panels[0].values for example in examples for panel in example.panels[1:]]
-    most = max((np.abs(values).max() for values in moved), default=0) or 1.0
+    most = max((np.abs(values).max() for values in moved), default=0)
+    most = max(most, SMALLEST_SCALE)  # or every trifle would look dramatic
     for row, example in zip(axes, examples, strict=True):
         row[0].imshow(example.pixels)
         row[0].set_ylabel(example.title, fontsize=6)

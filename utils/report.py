@@ -89,7 +89,7 @@ def inline(path: Path) -> str:
 
 
 def write_report(tested: list[Tested], chapters: list[Chapter]) -> Path:
-    """Write report.html beside the last checkpoint."""
+    """Write report_<data sets>.html beside the last checkpoint."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -100,7 +100,7 @@ def write_report(tested: list[Tested], chapters: list[Chapter]) -> Path:
     environment.filters |= {"percent": percent, "inline": inline, "words": _words}
     folders = dict.fromkeys(each.folder for each in tested if (each.folder / "log.csv").is_file())
     trainings = [(folder, folder / "training.png") for folder in folders]
-    path = tested[-1].folder / "report.html"
+    path = tested[-1].folder / f"report_{'_'.join(chapter.name for chapter in chapters)}.html"
     content = environment.get_template(TEMPLATE.name).render(
         subject=tested[-1].name,
         tested=tested,
