@@ -12,13 +12,16 @@ demo: .venv/installed
 	@echo '  $(BIN)/python train_cross_attention.py @ckpt/demo/feedback.args --feedback off --no_text_cross_attn --no_image_cross_attn --save_path ckpt/demo_longer'
 	@echo '  $(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth --control ckpt/demo_longer --dataset demo_test'
 
-# All tests, without network; lint first, because it takes a second.
+# All tests, without network; lint first, because it takes half a minute.
 test: lint
 	$(BIN)/python -m pytest
 
+# Style, who imports whom (pyproject.toml has the rules), and types.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -39,13 +39,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 class PromptBank:
-    """The prompts of each class, tokenised and through the frozen text block 0: once per data set and run.
+    """The prompts of each class of a domain, tokenised and through the frozen text block 0: once per data set and run.
 
-    `descriptions`: {class: its name in the prompts}. Raises ValueError for a prompt that CLIP cannot read whole.
+    `descriptions`: {class: its name in the prompts}. Raises ValueError for a prompt that CLIP cannot read whole, and
+    where the backbone's patch grid is too small for the domain's maps.
     """
 
-    def __init__(self, backbone: Backbone, descriptions: dict[str, str]):
-        self.descriptions = descriptions
+    def __init__(self, backbone: Backbone, descriptions: dict[str, str], domain: str):
+        check_grid(backbone.grid, domain)
+        self.descriptions, self.domain = descriptions, domain
         self.index = {name: number for number, name in enumerate(descriptions)}
         unknown = {word for description in descriptions.values() for word in backbone.unknown_words(description)}
         if unknown:
@@ -159,36 +161,42 @@ def encode_stage1(
     images: Tensor,
     class_names: list[str],
     text: ClassText,
-    source: str,
+    features: str,
     vv_start: int,
     vv_across_batch: bool,
     precision: str = "fp32",
 ) -> tuple[list[Tensor], Tensor]:
     """Images [B, 3, S, S] -> the patch features that Stage 1 compares with anchors, and the anchors [B, E, 2].
 
-    `source`: "off" gives the frozen CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4 of
-    the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
+    `features`: "frozen" gives the plain CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4
+    of the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
     the features nor the image context need are left out.
     """
     backbone, needs_context = model.backbone, model.text_cross_attn is not None
     needs_frozen = needs_context and model.config.image_context == "frozen"
-    needs_visual = source == "adapted" or (needs_context and not needs_frozen)
+    needs_visual = features == "adapted" or (needs_context and not needs_frozen)
     with autocast(images.device, precision):
         with torch.no_grad():
             visual = model.visual(images, text.contexts(class_names)) if needs_visual else None
-            if source == "off":
+            plain: dict[int, Tensor] = {}
+            if features == "frozen":
                 surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch)
                 patches = frozen_patches(backbone, surgery, plain)
-            else:
-                plain = backbone.plain_tokens(images) if needs_frozen or source == "projectors" else None
-                patches = visual.patches if source == "adapted" else model.project_levels(plain)
+            elif needs_frozen or features == "projectors":
+                plain = backbone.plain_tokens(images)
+            if features == "projectors":
+                patches = model.project_levels(plain)
+            elif features == "adapted" and visual is not None:
+                patches = visual.patches
             context = None
-            if needs_context:
-                context = frozen_image_context(backbone, plain) if needs_frozen else image_context(visual)
+            if needs_frozen:
+                context = frozen_image_context(backbone, plain)
+            elif needs_context and visual is not None:
+                context = image_context(visual)
         return patches, text.anchors(class_names, context)
 
 
-def compare(patches: Tensor, anchors: Tensor) -> Tensor:
+def cosine_maps(patches: Tensor, anchors: Tensor) -> Tensor:
     """Cosines of patches [B, N, E] with both anchors [B, E, 2] on the square patch grid, [B, 2, h, w], in float32."""
     with torch.autocast(patches.device.type, enabled=False):
         cosines = (patches.float() @ anchors.float()).transpose(1, 2)
@@ -227,7 +235,7 @@ def segmentation_terms(patches: list[Tensor], anchors: Tensor, scale: Tensor, ba
         patches, anchors, mask = [level[rows] for level in patches], anchors[rows], mask[rows]
     terms = {}
     for number, level in enumerate(patches if len(rows) else (), start=1):
-        probabilities = resize_map(scale * compare(level, anchors), mask.shape[-1]).softmax(dim=1)
+        probabilities = resize_map(scale * cosine_maps(level, anchors), mask.shape[-1]).softmax(dim=1)
         terms[f"focal_{number}"] = focal_loss(probabilities, mask)
         terms[f"dice_normal_{number}"] = dice_loss(probabilities[:, 0], 1 - mask[:, 0])
         terms[f"dice_abnormal_{number}"] = dice_loss(probabilities[:, 1], mask[:, 0])
@@ -248,7 +256,7 @@ def stage1_loss(
     trained = [
         term for name, term in terms.items() if name != "orthogonal" and (levels == "all" or name.endswith(last))
     ]
-    return sum(trained) + norm_weight * terms["orthogonal"], terms
+    return sum(trained, anchors.new_zeros(())) + norm_weight * terms["orthogonal"], terms
 
 
 def stage2_loss(
@@ -258,17 +266,17 @@ def stage2_loss(
     terms = segmentation_terms(features.patches, anchors, scale, batch)
     cosines = (features.det.float().unsqueeze(1) @ anchors).squeeze(1)
     terms["classification"] = F.cross_entropy(cosines, batch["label"])
-    return sum(terms.values()), terms
+    return sum(terms.values(), anchors.new_zeros(())), terms
 
 
 class Prediction(NamedTuple):
-    """`maps` [B, S, S], higher where more anomalous, unbounded; `scores` [B], the detection scores, in [0, 1];
-    `single` [B], image scores in [0, 1] that need no other image.
+    """`maps` [B, S, S], higher where more anomalous, unbounded; `detection_scores` [B] in [0, 1]; `single_scores` [B],
+    image scores in [0, 1] that need no other image.
     """
 
     maps: Tensor
-    scores: Tensor
-    single: Tensor
+    detection_scores: Tensor
+    single_scores: Tensor
 
 
 def check_grid(grid: int, domain: str) -> None:
@@ -286,14 +294,14 @@ def anomaly_map(patches: list[Tensor], anchors: Tensor, scale: Tensor, size: int
 
     The published code blurs and resizes each level before the sum; both are linear, so once after it is the same.
     """
-    cosines = sum(compare(level, anchors) for level in patches)
+    cosines = sum((cosine_maps(level, anchors) for level in patches), anchors.new_zeros(()))
     summed = (scale * (cosines[:, 1:] - cosines[:, :1]) + len(patches)) / 2
     kernel, sigma = BLUR[domain]
     return resize_map(gaussian_blur(summed, [kernel, kernel], [sigma, sigma]), size).squeeze(1)
 
 
-def single_scores(maps: Tensor, scores: Tensor, scale: Tensor, levels: int, domain: str) -> Tensor:
-    """Scores of images alone [B], from their maps [B, S, S] and detection scores [B].
+def single_image_scores(maps: Tensor, detection_scores: Tensor, scale: Tensor, levels: int, domain: str) -> Tensor:
+    """Single-image scores [B], from maps [B, S, S] and detection scores [B].
 
     The published image score needs the extremes of a whole class. Here the highest map value is taken back to what it
     is made of, the mean over levels of abnormal - normal cosine, and brought from [-2, 2] to [0, 1]; the score is half
@@ -301,21 +309,17 @@ def single_scores(maps: Tensor, scores: Tensor, scale: Tensor, levels: int, doma
     """
     difference = (2 * maps.amax(dim=(1, 2)) - levels) / (levels * scale)
     highest = (difference + 2) / 4
-    return highest if domain == "medical" else (scores + highest) / 2
+    return highest if domain == "medical" else (detection_scores + highest) / 2
 
 
 @torch.no_grad()
 def predict(
-    model: CrossAttentionCLIP,
-    images: Tensor,
-    class_names: list[str],
-    text: ClassText,
-    domain: str,
-    precision: str = "fp32",
+    model: CrossAttentionCLIP, images: Tensor, class_names: list[str], text: ClassText, precision: str = "fp32"
 ) -> Prediction:
     """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this."""
     features, anchors = encode(model, images, class_names, text, precision)
-    scale = model.backbone.scale
+    scale, domain = model.backbone.scale, text.bank.domain
     maps = anomaly_map(features.patches, anchors, scale, images.shape[-1], domain)
-    scores = ((features.det.float() * anchors[..., 1]).sum(dim=-1) + 1) / 2
-    return Prediction(maps, scores, single_scores(maps, scores, scale, len(features.patches), domain))
+    detection_scores = ((features.det.float() * anchors[..., 1]).sum(dim=-1) + 1) / 2
+    levels = len(features.patches)
+    return Prediction(maps, detection_scores, single_image_scores(maps, detection_scores, scale, levels, domain))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize
@@ -49,9 +49,12 @@ from forward_utils_cross_attention import make_anchors
 from model.backbone import Backbone, clip_config, load_backbone, run_blocks
 from utils import arguments, checkpoints
 from utils.cli import run_script
-from utils.engine import StopSignal, TrainingError, TrainingStoppedError
+from utils.errors import TrainingError, TrainingStoppedError
+from utils.files import replacing
 from utils.logs import log_to_file, progress
-from utils.plan import learning_rate_factor
+from utils.options import at_least, finite, positive
+from utils.signals import StopSignal
+from utils.training.optimizer import learning_rate_factor
 
 logger = logging.getLogger("pretrain_demo")
 
@@ -72,21 +75,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save_path", type=Path, default="ckpt/demo", help="folder of the weights")
     parser.add_argument(
         "--images",
-        type=arguments.at_least(48),
+        type=at_least(48),
         default=36000,
         help="rendered images, made anew each start; 37 kB of memory each",
     )
     parser.add_argument(
-        "--steps", type=arguments.at_least(0), default=6400, help="optimiser steps; 0 for random weights, as a control"
+        "--steps", type=at_least(0), default=6400, help="optimiser steps; 0 for random weights, as a control"
     )
-    parser.add_argument("--batch_size", type=arguments.at_least(2), default=128, help="images per step")
-    parser.add_argument(
-        "--lr", type=arguments.positive, default=1.5e-3, help="peak learning rate of AdamW, cosine to zero"
-    )
-    parser.add_argument(
-        "--region_weight", type=arguments.finite, default=1.0, help="weight of the region captions' loss"
-    )
-    parser.add_argument("--seed", type=arguments.at_least(0), default=0, help="of weights, images and order")
+    parser.add_argument("--batch_size", type=at_least(2), default=128, help="images per step")
+    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW, cosine to zero")
+    parser.add_argument("--region_weight", type=finite, default=1.0, help="weight of the region captions' loss")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, images and order")
     args = parser.parse_args()
     if args.seed >= MEASURE_SEED:
         parser.error(f"--seed {args.seed}: expected less than {MEASURE_SEED}; others draw what measures and tests.")
@@ -119,7 +118,9 @@ def render_numbered(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple
     category = number % len(CATEGORIES)
     damaged = category in TRAIN and number // len(CATEGORIES) % 2 == 1
     found = render(CATEGORIES[category], damaged, (seed, number), RENDER_SIZE)
-    condition = UNKNOWN if category not in TRAIN else DAMAGED + KINDS.index(found.defect) if damaged else INTACT
+    condition = UNKNOWN
+    if category in TRAIN:
+        condition = DAMAGED + KINDS.index(found.defect) if found.defect else INTACT
     return found.image, found.mask, (category, COLOURS.index(found.colour), condition)
 
 
@@ -176,8 +177,9 @@ def crop(pool: Pool, rows: Tensor, size: int, rng: torch.Generator) -> tuple[Ten
 
 def new_backbone(seed: int) -> Backbone:
     """The demo model with fresh weights that train."""
-    torch.manual_seed(seed)
-    backbone = Backbone(open_clip.CLIP(**clip_config("demo")), "demo")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        backbone = Backbone(open_clip.CLIP(**clip_config("demo")), "demo")
     backbone.clip.requires_grad_(True)
     return backbone
 
@@ -210,12 +212,12 @@ def caption_loss(images: Tensor, texts: Tensor, scale: Tensor, true: Tensor, kno
     """
     logits = (scale * images @ texts.T).masked_fill(~known, -math.inf)
     losses = []
-    for scores, positive in ((logits, true), (logits.T, true.T)):
-        rows = positive.any(dim=1)
-        target = positive[rows].float()
-        log_p = scores[rows].log_softmax(dim=1).masked_fill(~positive[rows], 0)
+    for scores, holds in ((logits, true), (logits.T, true.T)):
+        rows = holds.any(dim=1)
+        target = holds[rows].float()
+        log_p = scores[rows].log_softmax(dim=1).masked_fill(~holds[rows], 0)
         losses.append(-((log_p * target).sum(dim=1) / target.sum(dim=1)).mean())
-    return sum(losses) / 2
+    return sum(losses, scale.new_zeros(())) / 2
 
 
 def region_loss(patches: list[Tensor], damaged: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ def region_loss(patches: list[Tensor], damaged: Tensor, texts: Tensor, scale: Te
     for level in patches:
         logits = scale * F.normalize(level, dim=-1) @ texts.transpose(1, 2)
         losses.append(F.cross_entropy(logits.flatten(0, 1), damaged.flatten(), weight))
-    return sum(losses) / len(losses)
+    return sum(losses, scale.new_zeros(())) / len(losses)
 
 
 def losses(backbone: Backbone, pool: Pool, args: argparse.Namespace, step: int) -> dict[str, Tensor]:
@@ -299,7 +301,9 @@ def train(args: argparse.Namespace, backbone: Backbone, state_file: Path) -> Non
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         logger.info("Going on at step %d.", start)
-    pool = render_pool(args.images, args.seed) if start < args.steps else None
+    if start == args.steps:
+        return
+    pool = render_pool(args.images, args.seed)
     bar = progress(total=args.steps, initial=start, desc="pre-training", unit="step")
     with StopSignal() as stop, bar:
         for step in range(start, args.steps):
@@ -333,9 +337,8 @@ def save_weights(backbone: Backbone, args: argparse.Namespace, path: Path) -> No
         words = state["token_embedding.weight"]
         unused = (words == new_backbone(args.seed).clip.token_embedding.weight.half()).all(dim=1)
         words[unused] = 0
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file(state, temporary, metadata={"settings": json.dumps(settings_of(args))})
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(save(state, metadata={"settings": json.dumps(settings_of(args))}))
 
 
 # measures

@@ -12,13 +12,20 @@ import argparse
 import logging
 from pathlib import Path
 
+from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
-from forward_utils_cross_attention import PromptBank, check_grid
-from utils import arguments, pictures, tables
-from utils.bootstrap import RESAMPLES
+from utils import arguments
 from utils.cli import run_script
-from utils.evaluation import Batching, ModelBuilder, Tested, evaluate, load_models
-from utils.report import Chapter, write_report
+from utils.models import ModelLoader
+from utils.options import at_least
+from utils.report.html import Chapter, write_report
+from utils.report.pictures import draw_loops, draw_one, draw_sheets, picture_folder
+from utils.report.tables import notes, text_table, write_json, write_latex, write_results
+from utils.testing.bench import Batching, Bench
+from utils.testing.bootstrap import RESAMPLES
+from utils.testing.comparison import Comparison
+from utils.testing.contenders import load_contenders
+from utils.testing.measure import measure
 
 logger = logging.getLogger("test")
 
@@ -44,16 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     arguments.add_own_data_arguments(parser)
     parser.add_argument(
-        "--batch_size", type=arguments.at_least(1), default=8, help="images per forward; results do not depend on it"
+        "--batch_size", type=at_least(1), default=8, help="images per forward; results do not depend on it"
     )
-    parser.add_argument(
-        "--resamples", type=arguments.at_least(1), default=RESAMPLES, help="of the images, for the intervals"
-    )
-    parser.add_argument("--seed", type=arguments.at_least(0), default=0, help="of the resamples")
+    parser.add_argument("--resamples", type=at_least(1), default=RESAMPLES, help="of the images, for the intervals")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the resamples")
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--pictures",
-        type=arguments.at_least(0),
+        type=at_least(0),
         default=0,
         help="anomalous and normal images per class in the sheets of anomaly maps, of the last checkpoint beside its "
         "base; 0 for none",
@@ -64,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--list_images", action="store_true", help="print the images with their numbers, and stop")
     group.add_argument(
         "--image_idx",
-        type=arguments.at_least(0),
+        type=at_least(0),
         help="draw this image of --class_name (a class of the data set, needed where it has several) across the base "
         "and the loops of --ckpt, and stop",
     )
@@ -75,6 +80,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
     """The data sets of --dataset; where one image is asked for, --class_name may be one of its classes."""
+    for name in args.dataset:
+        prepare(name, args.data_root)
     named = {"domain": args.domain, "class_name": args.class_name}
     if args.class_name is None or (args.image_idx is None and not args.list_images):
         return open_all(args.dataset, args.data_root, **named)
@@ -107,30 +114,22 @@ def list_images(data: DataSet, class_name: str | None) -> str:
     return "\n".join(lines)
 
 
-def compare(
-    tested: list[Tested], data: DataSet, bank: PromptBank, batching: Batching, args: argparse.Namespace
-) -> Chapter:
-    """Test all models on a data set: print the table, write the files, draw what is asked for."""
-    subject = tested[-1]
-    evaluate(tested, data, bank, batching, args.resamples, args.seed)
-    table = tables.text_table(tested, data, tables.shown_classes(tested))
-    print(f"\n{data.name}: {len(data.records)} images, in percent\n{table}", *tables.notes(tested, data), sep="\n")
-    files = [path for each in tested for path in tables.write_results(each, data, args.precision)]
-    whole = f"comparison_{data.name}"
-    files.append(tables.write_json(tested, data, subject.folder / f"{whole}.json", args.resamples))
-    files.append(tables.write_latex(tested, data, subject.folder / f"{whole}.tex"))
+def write(comparison: Comparison, precision: str) -> None:
+    """Print the table of a comparison and write its files, beside the checkpoints and the last of them."""
+    data, folder = comparison.data, comparison.subject.contender.checkpoint.folder
+    print(f"\n{data.name}: {len(data.records)} images, in percent")
+    print(text_table(comparison), *notes(comparison), sep="\n")
+    files = [path for results in comparison.results for path in write_results(results, data, precision)]
+    files.append(write_json(comparison, folder / f"comparison_{data.name}.json"))
+    files.append(write_latex(comparison, folder / f"comparison_{data.name}.tex"))
     logger.info("Wrote %s", ", ".join(map(str, files)))
-    sheets, one_image, curves = [], [], None
-    count = args.pictures or (REPORT_PICTURES if args.report else 0)
-    if count:
-        sheets = pictures.draw_sheets(subject, data, bank, batching, count)
-        curves = pictures.draw_loops(tested, data)
-        logger.info("Pictures: %s", pictures.picture_folder(subject, data))
-    if args.report:
-        class_name = subject.classes[0]
-        index = pictures.choose(subject, class_name, 1)[0]
-        one_image = pictures.draw_one(tested, data, bank, batching, class_name, index)
-    return Chapter.of(tested, data, sheets, curves, one_image)
+
+
+def draw(comparison: Comparison, count: int) -> tuple[list[Path], Path | None]:
+    """Draw sheets of `count` images of a kind, and metrics over loops."""
+    sheets, curves = draw_sheets(comparison, count), draw_loops(comparison)
+    logger.info("Pictures: %s", picture_folder(comparison.bench, comparison.subject.contender))
+    return sheets, curves
 
 
 def main() -> None:
@@ -144,20 +143,28 @@ def main() -> None:
         raise ValueError("--ckpt is needed: loop files, run folders or base models.")
     if args.image_idx is not None:
         classes = [class_of_image(data, args.class_name, args.image_idx) for data in data_sets]
-    tested = load_models(args.ckpt, args.control, ModelBuilder(args))
-    backbone = tested[0].model.backbone
-    for data in data_sets:
-        check_grid(backbone.grid, data.domain)
-    banks = [PromptBank(backbone, data.descriptions) for data in data_sets]
-    batching = Batching(args.batch_size, arguments.workers_of(args), args.precision)
+    machine = arguments.machine_of(args)
+    loader = ModelLoader(machine.device, machine.clip_weights, arguments.model_flags(args))
+    contenders = load_contenders(args.ckpt, args.control, loader)
+    batching = Batching(args.batch_size, machine.num_workers, args.precision)
+    benches = [Bench(data, loader.backbone, batching) for data in data_sets]
     if args.image_idx is not None:
-        for data, bank, class_name in zip(data_sets, banks, classes, strict=True):
-            paths = pictures.draw_one(tested, data, bank, batching, class_name, args.image_idx)
-            logger.info("Wrote %s", ", ".join(map(str, paths)))
+        for bench, class_name in zip(benches, classes, strict=True):
+            logger.info("Wrote %s", ", ".join(map(str, draw_one(bench, contenders, class_name, args.image_idx))))
         return
-    chapters = [compare(tested, data, bank, batching, args) for data, bank in zip(data_sets, banks, strict=True)]
+    chapters = []
+    for bench in benches:
+        comparison = measure(bench, contenders, args.resamples, args.seed)
+        write(comparison, args.precision)
+        count = args.pictures or (REPORT_PICTURES if args.report else 0)
+        sheets, curves = draw(comparison, count) if count else ([], None)
+        if args.report:
+            class_name = comparison.classes[0]
+            (index, *_) = comparison.subject.choose(class_name, 1)
+            one_image = draw_one(bench, contenders, class_name, index)
+            chapters.append(Chapter(comparison, sheets, curves, one_image))
     if args.report:
-        logger.info("Report: %s", write_report(tested, chapters))
+        logger.info("Report: %s", write_report(contenders, chapters))
 
 
 if __name__ == "__main__":

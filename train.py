@@ -13,31 +13,39 @@ from pathlib import Path
 
 from utils import arguments, checkpoints
 from utils.cli import run_script
-from utils.engine import Trainer
-from utils.plan import Run, Stage, plan_stages
-from utils.start import start
+from utils.models import resolve_config
+from utils.training.plan import Plan, Stage, describe_plan, plan_stages
+from utils.training.settings import add_settings, add_training_arguments, settings_of
+from utils.training.start import start
+from utils.training.trainer import Trainer
 
 logger = logging.getLogger("train")
 
 FILES = {"text": checkpoints.TEXT_FILE, "image": checkpoints.IMAGE_FILE}
+# A base model is one loop without the extension, trained as published.
+PUBLISHED = {"text_epoch": "5", "image_epoch": "20", "stage1_levels": "last"}
+ONE_LOOP = {"feedback": "off", "lr_decay": 1.0}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--save_path", type=Path, default="ckpt/baseline", help="folder of the run")
-    parser.add_argument("--text_epoch", type=arguments.epochs, default="5", help="epochs of Stage 1")
-    parser.add_argument("--image_epoch", type=arguments.epochs, default="20", help="epochs of Stage 2")
-    arguments.add_training_arguments(parser, stage1_levels="last")
+    parser.add_argument("--save_path", type=Path, default=Path("ckpt/baseline"), help="folder of the run")
+    add_settings(parser, PUBLISHED, loops=False)
+    add_training_arguments(parser)
     arguments.add_model_arguments(parser, "AA-CLIP's value, in brackets")
     arguments.add_run_arguments(parser)
-    # A base model is one loop without the extension.
-    parser.set_defaults(
-        feedback="off", lr_decay=1.0, optimizer_state="reset", text_cross_attn_lr=None, image_cross_attn_lr=None
-    )
     return parser.parse_args()
 
 
-def on_stage_end(trainer: Trainer, stage: Stage) -> None:
+def make_plan(args: argparse.Namespace) -> Plan:
+    """What the run will do. Raises ValueError for arguments that do not go together."""
+    settings = settings_of(args, ONE_LOOP)
+    files = [*FILES.values(), "state.pth", "train.log", "log.csv"]
+    config = resolve_config(arguments.model_flags(args))
+    return Plan(config, settings, plan_stages(settings, range(1, 2)), args.save_path, files)
+
+
+def save_stage(trainer: Trainer, stage: Stage) -> None:
     """Write AA-CLIP's file of the stage, with what rebuilds the model beside it."""
     name = f"{stage.name}_adapter"
     path = trainer.folder / FILES[stage.name]
@@ -56,16 +64,19 @@ def on_stage_end(trainer: Trainer, stage: Stage) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    config, _ = arguments.resolve_model(args)
-    settings = arguments.settings_of(args)
-    files = [*FILES.values(), "state.pth", "train.log", "log.csv"]
-    run = Run(config, settings, plan_stages(settings, range(1, 2)), args.save_path, files)
-    trainer = start(args, run, None, on_stage_end)
-    if trainer is not None:
-        trainer.run()
-        same = arguments.given(args, "dataset", "domain", "class_name", "shot")
-        command = ["python", "train_cross_attention.py", "--resume", str(trainer.folder), *same]
-        logger.info("Done. Extend it: %s", shlex.join(command))
+    plan = make_plan(args)
+    if args.dry_run:
+        print(describe_plan(plan))
+        return
+    trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard)
+    if trainer is None:
+        return
+    with trainer.session():
+        for stage in trainer.stages():
+            save_stage(trainer, stage)
+    same = arguments.as_words(arguments.given(args, "dataset", "domain", "class_name", "shot"))
+    command = ["python", "train_cross_attention.py", "--resume", str(trainer.folder), *same]
+    logger.info("Done. Extend it: %s", shlex.join(command))
 
 
 if __name__ == "__main__":

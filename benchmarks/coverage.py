@@ -13,9 +13,9 @@ from functools import cache
 
 import numpy as np
 
-from utils.bootstrap import interval, resample
 from utils.logs import progress
-from utils.metrics import ImageHistograms, Sample, find_defects
+from utils.testing.bootstrap import interval, resample
+from utils.testing.metrics import ImageHistograms, Sample, find_defects
 
 # {what: (images, share that is anomalous)}
 SETTINGS = {"100 images, half anomalous": (100, 0.5), "200 images, a quarter anomalous": (200, 0.25)}
@@ -55,8 +55,8 @@ def samples_of(
             Sample(
                 paths=[],
                 labels=labels,
-                scores=own,
-                single=own,
+                published_scores=own,
+                single_scores=own,
                 pixel_ap=np.full(images, np.nan),
                 probabilities=None,
                 decisions=None,

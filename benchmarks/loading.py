@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -19,10 +20,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.standin import standin_backbone, standin_images
 from dataset.loading import AnomalyDataset, ImageCache
 from dataset.records import Record
 from dataset.transforms import AUGMENTATIONS, Transform
-from tests.standin import standin_backbone, standin_images
 
 FILES = {"VisA-like JPEG": (1500, 1000, "jpg"), "MVTec-like PNG": (1024, 1024, "png")}
 
@@ -36,13 +37,18 @@ def write_photograph(folder: Path, name: str, width: int, height: int, suffix: s
     mask[height // 3 : height // 2, width // 3 : width // 2] = 255
     record = Record(f"{name}.{suffix}", 1, "part", f"{name}_mask.png")
     Image.fromarray(pixels).save(folder / record.image_path, quality=95)
-    Image.fromarray(mask).save(folder / record.mask_path)
+    Image.fromarray(mask).save(folder / f"{name}_mask.png")
     return record
+
+
+def read_one(dataset: AnomalyDataset, seed: int) -> None:
+    """The image of a data set of one."""
+    dataset[0, seed]
 
 
 def cases(folder: Path, img_size: int) -> dict[str, Callable[[int], None]]:
     """{what: reads one image, augmented by the seed}."""
-    found = {}
+    found: dict[str, Callable[[int], None]] = {}
     for name, (width, height, suffix) in FILES.items():
         record = write_photograph(folder, name, width, height, suffix)
         for augment in AUGMENTATIONS:
@@ -52,7 +58,7 @@ def cases(folder: Path, img_size: int) -> dict[str, Callable[[int], None]]:
                 cache.fill()
                 for kept, source in ((None, "file"), (cache, "cache")):
                     dataset = AnomalyDataset(folder, [record], transform, kept)
-                    found[f"{name}, {title}, {augment}, {source}"] = lambda seed, dataset=dataset: dataset[0, seed]
+                    found[f"{name}, {title}, {augment}, {source}"] = partial(read_one, dataset)
     return found
 
 
@@ -73,7 +79,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         runs = {"plain image forward": forward} | cases(Path(folder), args.img_size)
-        seconds = {name: [] for name in runs}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
         # Round after round, so that a machine that slows down does so for all; the first warms up.
         for seed in tqdm(range(args.repeats + 1), desc="rounds", disable=None):
             for name, run in runs.items():

@@ -15,16 +15,17 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.speed import cases, peak_memory, reset_peak_memory
+from benchmarks.standin import standin_backbone
+from dataset.loading import Batch
 from forward_utils_cross_attention import Prediction
-from tests.standin import standin_backbone
-from utils.bootstrap import resample
-from utils.metrics import ClassScores, Sample, find_defects
+from utils.testing.bootstrap import resample
+from utils.testing.metrics import ClassScores, Sample, find_defects
 
 MODELS = 2
 DEVICE = torch.device("cpu")
 
 
-def synthetic(rng: np.random.Generator, size: int, number: int) -> tuple[dict, list[Prediction]]:
+def synthetic(rng: np.random.Generator, size: int, number: int) -> tuple[Batch, list[Prediction]]:
     """A batch of one image, every other one with three defects, and the predictions of MODELS models."""
     mask = torch.zeros(1, 1, size, size)
     if number % 2:
@@ -32,12 +33,20 @@ def synthetic(rng: np.random.Generator, size: int, number: int) -> tuple[dict, l
             mask[0, 0, top : top + size // 10, left : left + size // 8] = 1
     maps = [torch.from_numpy(rng.normal(0, 3, (1, size, size)).astype(np.float32)) for _ in range(MODELS)]
     scores = torch.from_numpy(rng.random(1).astype(np.float32))
-    batch = {"label": torch.tensor([number % 2]), "has_mask": torch.tensor([True]), "mask": mask}
-    return batch | {"path": [f"{number:06}.png"]}, [Prediction(each + mask[0], scores, scores) for each in maps]
+    batch = Batch(
+        image=torch.empty(0),  # metrics do not look at it
+        mask=mask,
+        label=torch.tensor([number % 2]),
+        has_mask=torch.tensor([True]),
+        emptied=torch.tensor([False]),
+        class_name=["synthetic"],
+        path=[f"{number:06}.png"],
+    )
+    return batch, [Prediction(one + mask[0], scores, scores) for one in maps]
 
 
-def add(kept: list[ClassScores], batch: dict, found: list[Prediction]) -> None:
-    """Take in a batch, as `utils.evaluation.evaluate` does."""
+def add(kept: list[ClassScores], batch: Batch, found: list[Prediction]) -> None:
+    """Take in a batch, as `utils.testing.measure` does."""
     defects = [find_defects(mask.numpy()) for mask in batch["mask"].squeeze(1)]
     for scores, prediction in zip(kept, found, strict=True):
         scores.add(prediction, batch, [0], defects)
@@ -98,12 +107,14 @@ def main() -> None:
     args = parser.parse_args()
     few, many = args.images
     peaks = [peak_of(args.img_size, few), peak_of(args.img_size, many)]
-    each, end = seconds_per_image(args.img_size, few)
+    per_image, end = seconds_per_image(args.img_size, few)
     forward = forward_seconds(args.model_name, args.img_size, args.repeats)
-    metrics = (each + end / few) / MODELS
+    metrics = (per_image + end / few) / MODELS
     print(f"{args.model_name}, {args.img_size} px, {MODELS} models, {DEVICE}")
     print(f"  peak memory {peaks[0]:.0f} MB with {few} images, {peaks[1]:.0f} MB with {many}")
-    print(f"  metrics {1000 * each / MODELS:.1f} ms per image and model, and {end:.2f} s at the end of {few} images")
+    print(
+        f"  metrics {1000 * per_image / MODELS:.1f} ms per image and model, and {end:.2f} s at the end of {few} images"
+    )
     print(f"  forward {forward:.2f} s per image, metrics in all {metrics / forward:.2%} of it")
 
 

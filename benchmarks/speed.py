@@ -10,10 +10,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
     ClassText,
     PromptBank,
@@ -25,17 +27,15 @@ from forward_utils_cross_attention import (
 )
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, clip_config, default_adapters
-from tests.standin import standin_backbone, standin_images, standin_masks
 
 PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def make_model(backbone: Backbone, text: bool, image: bool) -> CrossAttentionCLIP:
     """A model with fresh modules, the cross-attentions moved off their zero start."""
-    adapters = default_adapters(clip_config(backbone.model_name, backbone.img_size))
-    config = ModelConfig(
-        backbone.model_name, backbone.img_size, **adapters, text_cross_attn=text, image_cross_attn=image
-    )
+    values: dict[str, Any] = dict(default_adapters(clip_config(backbone.model_name, backbone.img_size)))
+    values |= {"text_cross_attn": text, "image_cross_attn": image}
+    config = ModelConfig(backbone.model_name, backbone.img_size, **values)
     torch.manual_seed(0)
     model = CrossAttentionCLIP(backbone, config)
     for module in (model.text_cross_attn, model.image_cross_attn):
@@ -54,17 +54,17 @@ def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
         "label": torch.tensor([1] + [0] * (batch_size - 1), device=device),
         "has_mask": torch.ones(batch_size, dtype=torch.bool),
     }
-    bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"})
+    bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"}, "industrial")
     both, image_only = make_model(backbone, True, True).to(device), make_model(backbone, False, True).to(device)
     vv_start = backbone.default_vv_start
 
-    def step(stage: str, source: str | None = None) -> Callable[[], None]:
+    def step(stage: str, looks_at: str | None = None) -> Callable[[], None]:
         def run() -> None:
             both.set_stage(stage)
             optimizer = torch.optim.Adam([p for p in both.parameters() if p.requires_grad], lr=1e-6)
             text = ClassText(both, bank, fixed=stage == "image")
-            if stage == "text":
-                patches, anchors = encode_stage1(both, images, classes, text, source, vv_start, True)
+            if looks_at:
+                patches, anchors = encode_stage1(both, images, classes, text, looks_at, vv_start, True)
                 loss, _ = stage1_loss(patches, anchors, backbone.scale, batch, "all", 0.1)
             else:
                 features, anchors = encode(both, images, classes, text)
@@ -79,7 +79,7 @@ def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
 
         def run() -> None:
             model.set_stage(None)
-            predict(model, images, classes, text, "industrial")
+            predict(model, images, classes, text)
 
         return run
 
@@ -91,7 +91,7 @@ def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
         "plain image forward (the unit)": plain,
         "evaluation, image cross-attention": evaluation(image_only),
         "evaluation, both cross-attentions": evaluation(both),
-        "Stage 1 step, loop 1": step("text", "off"),
+        "Stage 1 step, loop 1": step("text", "frozen"),
         "Stage 1 step, later loops": step("text", "adapted"),
         "Stage 2 step": step("image"),
     }
@@ -136,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     runs = cases(standin_backbone(args.model_name, args.img_size).to(device), args.batch_size)
-    found = {name: [] for name in runs}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     # Round after round, so that a machine that slows down does so for all.
     for _ in tqdm(range(args.repeats + 1), desc="rounds", disable=None):
         for name, run in runs.items():

@@ -21,13 +21,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.sets import canonical_name
+from dataset.sets import result_name
 from model.backbone import REPOSITORY
 from utils import arguments
 from utils.cli import run_script
-from utils.engine import StopSignal, TrainingError, TrainingStoppedError
+from utils.errors import TrainingError, TrainingStoppedError
+from utils.files import write_csv
 from utils.logs import progress
-from utils.metrics import IMAGE_METRICS, PIXEL_METRICS
+from utils.options import at_least
+from utils.signals import StopSignal
+from utils.testing.metrics import IMAGE_METRICS, PIXEL_METRICS
 
 METRICS = PIXEL_METRICS + IMAGE_METRICS
 NO_MODULES = ["--no_text_cross_attn", "--no_image_cross_attn"]
@@ -55,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments.add_own_data_arguments(parser)
     parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's")
     parser.add_argument(
-        "--seeds", type=arguments.at_least(0), nargs="+", default=[0, 1, 2], help="each trains a base and its variants"
+        "--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each trains a base and its variants"
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to train")
     arguments.add_run_arguments(parser)
@@ -87,7 +90,9 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
     """Train and test one seed; a row per model tested."""
     folder = REPOSITORY / "ckpt" / f"{args.name}_{seed}"
     base, log = folder / "base", folder / "output.log"
-    machine = arguments.given(args, "data_root", "clip_weights", "device", "num_workers", "precision")
+    machine = arguments.as_words(
+        arguments.given(args, "data_root", "clip_weights", "device", "num_workers", "precision")
+    )
     common = ["--seed", seed, *machine]
     if args.train_dataset:
         common += ["--dataset", args.train_dataset]
@@ -102,12 +107,12 @@ def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
         bar.update()
         files |= {(name, loop): run / f"loop_{loop}.pth" for loop in loops}
     ckpts = [base, *(path for (_, loop), path in files.items() if loop)]
-    tested = arguments.given(args, "dataset", "domain", "class_name")
+    tested = arguments.as_words(arguments.given(args, "dataset", "domain", "class_name"))
     call(log, "test", "--ckpt", *ckpts, *tested, *machine)
     bar.update()
     return [
         {"variant": name, "loop": loop, "seed": seed}
-        | read_average(path.with_name(f"{path.stem}_{canonical_name(args.dataset)}.csv"))
+        | read_average(path.with_name(f"{path.stem}_{result_name(args.dataset)}.csv"))
         for (name, loop), path in files.items()
     ]
 
@@ -172,10 +177,7 @@ def main() -> None:
             rows += run_seed(args, seed, bar)
     folder = REPOSITORY / "results"
     folder.mkdir(exist_ok=True)
-    with open(folder / f"{args.name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / f"{args.name}.csv", rows)
     trained = f"Trained on {args.train_dataset}, tested" if args.train_dataset else "Tested"
     head = (
         f"{trained} on {args.dataset}; in percent, mean ± standard deviation over seeds {', '.join(map(str, seeds))}."

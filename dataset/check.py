@@ -4,8 +4,8 @@
 
 Numbers of images that are not the published ones, missing and unreadable files, masks of another size than their
 image, empty masks of anomalous images, masks of normal images, and the same image twice: within a data set, in two of
-those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Exit code 0:
-nothing found; 1: see the list; 2: no such data set.
+those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Nothing is
+written. Exit code 0: nothing found; 1: see the list; 2: no such data set.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Finder:
         """Look at all images of a data set, and at those of the train splits beside it."""
         entries = list(entries_of(place))
         listed = [Record(entry["image_path"], int(entry["label"]), entry["class_name"]) for entry in entries]
-        self.problems += [f"number of images: {place.name}, {line}" for line in count_differences(place.name, listed)]
+        self.problems += [f"number of images: {place.name}, {line}" for line in count_differences(place.source, listed)]
         tested = {(place.folder / entry["image_path"]).resolve() for entry in entries}
         for path in train_images(place.folder):
             if path.resolve() not in tested:

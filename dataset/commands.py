@@ -1,6 +1,7 @@
 """What the commands of this package, python -m dataset.NAME, have in common; they need no model."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -30,10 +31,14 @@ def add_data_root(parser: argparse._ActionsContainer) -> None:
 
 
 def run_command(main: Callable[[], int]) -> None:
-    """Run `main` and exit with the code it returns, or with 2 and one clear message where the input is at fault."""
+    """Run `main` and exit with the code it returns, or with 2 and one clear message where the input is at fault.
+
+    Like the scripts' own, it sets up the whole process (logging and stdout), so it is for commands alone.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # A list that is redirected to a file on Windows may hold names that its encoding lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except (ValueError, OSError) as error:

@@ -79,11 +79,11 @@ def read_mask_pixels(path: Path) -> np.ndarray:
     """Which pixels of a mask [height, width] are not black (transparent ones are). Raises ValueError if unreadable."""
     try:
         with Image.open(path) as image:
-            image = _turned(image)
+            mask = _turned(image)
             # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
-            if image.mode[0] in "IF":
-                return np.asarray(image) != 0
-            return np.asarray(_to_rgb(image, "black")).any(axis=-1)
+            if mask.mode[0] in "IF":
+                return np.asarray(mask) != 0
+            return np.asarray(_to_rgb(mask, "black")).max(axis=-1) > 0
     except BROKEN as error:
         raise ValueError(f"{path}: not readable as a mask ({error}).") from error
 
@@ -103,16 +103,17 @@ def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image 
     image = read_image(folder / record.image_path)
     if record.mask_path is None:
         return image, None
-    mask = read_mask(folder / record.mask_path)
-    _check_shapes(folder, record, image.size, mask.size)
+    path = folder / record.mask_path
+    mask = read_mask(path)
+    _check_shapes(path, image.size, mask.size)
     return image, mask
 
 
-def _check_shapes(folder: Path, record: Record, image: tuple[int, int], mask: tuple[int, int]) -> None:
-    """Raise ValueError where a mask lies across its image; one that is merely smaller or larger still fits."""
+def _check_shapes(path: Path, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Raise ValueError where the mask of `path` lies across its image; one merely smaller or larger still fits."""
     if image != mask and image == mask[::-1]:
         raise ValueError(
-            f"{folder / record.mask_path}: is {mask[0]} x {mask[1]} px, and its image, turned by its EXIF orientation, "
+            f"{path}: is {mask[0]} x {mask[1]} px, and its image, turned by its EXIF orientation, "
             f"{image[0]} x {image[1]}. Turn one of them."
         )
 
@@ -135,7 +136,8 @@ def check_files(folder: Path, records: list[Record]) -> None:
     def check(record: Record) -> None:
         size = size_on_disk(folder / record.image_path)
         if record.mask_path:
-            _check_shapes(folder, record, size, read_mask(folder / record.mask_path).size)
+            path = folder / record.mask_path
+            _check_shapes(path, size, read_mask(path).size)
 
     with ThreadPoolExecutor() as pool:
         checked = pool.map(check, records)

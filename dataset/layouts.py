@@ -114,7 +114,7 @@ def own_records(root: Path) -> list[Record]:
     Raises FileNotFoundError with the expected trees where the folder is none.
     """
     products = [root] if _is_product(root) else sorted(path for path in root.iterdir() if _is_product(path))
-    records = []
+    records: list[Record] = []
     for folder in products:
         class_name = Path(os.path.abspath(folder)).name
         if (folder / "test").is_dir():

@@ -6,11 +6,13 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -79,11 +81,37 @@ def cache_images(folder: Path, records: list[Record], transform: Transform) -> I
     return cache
 
 
-class AnomalyDataset(Dataset):
-    """Items of `records`; one that is asked for by (index, seed) is augmented from that seed alone.
+class Item(TypedDict):
+    """An image, transformed: `image` [3, S, S], `mask` [1, S, S], `label` 0 or 1.
 
-    An item: `image` [3, S, S], `mask` [1, S, S], `label` 0 or 1, `has_mask` (normal images have one, all zero),
-    `emptied` (resizing or augmentation left nothing of the defect), `class_name` and `path`.
+    `has_mask`: normal images have one, all zero. `emptied`: resizing or augmentation left nothing of the defect.
+    """
+
+    image: Tensor
+    mask: Tensor
+    label: int
+    has_mask: bool
+    emptied: bool
+    class_name: str
+    path: str
+
+
+class Batch(TypedDict):
+    """B items as a loader gives them: tensors [B, ...], of numbers and truth values [B], and lists of B texts."""
+
+    image: Tensor
+    mask: Tensor
+    label: Tensor
+    has_mask: Tensor
+    emptied: Tensor
+    class_name: list[str]
+    path: list[str]
+
+
+class AnomalyDataset(Dataset[Item]):
+    """Items of `records`; one that is augmented is asked for by (index, seed), and comes of that seed alone.
+
+    The global generator is neither used nor moved.
     """
 
     def __init__(self, folder: Path, records: list[Record], transform: Transform, cache: ImageCache | None = None):
@@ -92,8 +120,10 @@ class AnomalyDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
         index, seed = key if isinstance(key, tuple) else (key, None)
+        if seed is None and self.transform.augments:
+            raise ValueError(f"Item {index} is augmented, so it needs a seed: expected (index, seed), found an index.")
         record = self.records[index]
         path = self.folder / record.image_path
         image, mask = self.cache.read(record) if self.cache else read_record(self.folder, record)
@@ -112,7 +142,7 @@ class AnomalyDataset(Dataset):
         }
 
 
-class SeededSampler(Sampler):
+class SeededSampler(Sampler[tuple[int, int]]):
     """(index, seed) of each sample in a shuffled order that depends on `key`, epoch and index alone.
 
     `set_epoch(epoch, skip)` chooses the epoch and leaves out its first `skip` samples, to continue within it.
@@ -147,7 +177,7 @@ def ignore_interrupt(worker: int = 0) -> None:
 def make_loader(
     dataset: AnomalyDataset, batch_size: int, num_workers: int, sampler: SeededSampler | None = None
 ) -> DataLoader:
-    """Batches in order, or in that of `sampler`; the last short one is kept."""
+    """Each `Batch` in order, or in that of `sampler`; the last short one is kept."""
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -1,22 +1,27 @@
 """Write the lists of images of benchmark data sets from their official downloads, in AA-CLIP's JSON lines.
 
     python -m dataset.metadata VisA MVTec --data_root DIR
+    python -m dataset.metadata demo_train demo_test --data_root DIR
 
 Each goes into <folder of the data set>/full-shot.jsonl, or, where that cannot be written, into
-dataset/metadata/<name>/full-shot.jsonl. Training and testing do the same for a data set that has no list. A list that
-is there already is kept, unless --overwrite says otherwise.
+dataset/metadata/<name>/full-shot.jsonl. The demo's sets are rendered with theirs. Training and testing do the same for
+a data set that has none. A list that is there already is kept, unless --overwrite says otherwise; rendered sets always
+are.
 """
 
 import argparse
+from pathlib import Path
 
 from dataset.commands import make_parser, run_command
 from dataset.constants import DATA_SETS
+from dataset.demo.build import DEMO_SETS
+from dataset.prepare import prepare, write_metadata
 from dataset.records import Record, check_paths, read_records
-from dataset.sets import Place, count_images, find_dataset, list_folder, write_metadata
+from dataset.sets import Place, count_images, find_dataset, list_folder, read_place
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [name for name, info in DATA_SETS.items() if info.layout]
+    names = [name for name, info in DATA_SETS.items() if info.layout or name in DEMO_SETS]
     parser = make_parser(__doc__)
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--overwrite", action="store_true", help="replace a list that says something else")
@@ -47,13 +52,25 @@ def table(name: str, records: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def listed(name: str, data_root: Path, overwrite: bool) -> str:
+    """List a benchmark data set; what was done, and its images."""
+    place = find_dataset(name, data_root)
+    records = list_folder(place)
+    check_paths(records, place.folder)
+    return f"{name}: {len(records)} images, {keep(place, records, overwrite)}\n{table(name, records)}"
+
+
+def rendered(name: str, data_root: Path) -> str:
+    """Render a demo set where it is not there; what is there then."""
+    prepare(name, data_root)
+    place = find_dataset(name, data_root)
+    return f"{name}: {len(read_place(place))} images in {place.folder}"
+
+
 def main() -> int:
     args = parse_arguments()
     for name in args.names:
-        place = find_dataset(name, args.data_root)
-        records = list_folder(place)
-        check_paths(records, place.folder)
-        print(f"{name}: {len(records)} images, {keep(place, records, args.overwrite)}\n{table(name, records)}")
+        print(rendered(name, args.data_root) if name in DEMO_SETS else listed(name, args.data_root, args.overwrite))
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
+from uuid import uuid4
 
 import numpy as np
 
@@ -96,9 +97,13 @@ def check_paths(records: list[Record], folder: Path) -> None:
 def write_records(path: Path, records: list[Record]) -> None:
     """Write `records` as JSON lines: all of them, or nothing."""
     lines = (json.dumps({k: v for k, v in asdict(record).items() if v is not None}) for record in records)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    # A name of its own, since several processes may write the list of a data set that they all begin with.
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(records: list[Record]) -> str:
@@ -130,7 +135,7 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
 
 def _groups(records: list[Record]) -> dict[tuple[str, int], list[Record]]:
     """{(class, label): records}; both labels of every class are there, so that an absent kind is seen."""
-    groups = {
+    groups: dict[tuple[str, int], list[Record]] = {
         (class_name, label): [] for class_name in dict.fromkeys(r.class_name for r in records) for label in (0, 1)
     }
     for record in records:

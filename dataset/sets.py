@@ -1,4 +1,7 @@
-"""Data sets on disk: found by name under the data root or by path, from their metadata or from their folders."""
+"""Data sets on disk: found by name under the data root or by path, from their metadata or from their folders.
+
+All of it only reads; `dataset.prepare` renders and writes what is missing.
+"""
 
 import logging
 import os
@@ -7,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.constants import BLUR, DATA_SETS, describe_class
-from dataset.demo.build import DEMO_SETS, build, check_version
+from dataset.demo.build import DEMO_SETS, check_version
 from dataset.layouts import LAYOUTS, NORMAL_KINDS, own_records
-from dataset.records import Record, check_paths, few_shot, read_records, write_records
+from dataset.records import Record, check_paths, few_shot, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -19,18 +22,27 @@ FULL = "full-shot.jsonl"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a data set lies. `metadata` is None where there is no list of it: its folder tells."""
+    """Where a data set lies; `name` and `source` as in `DataSet`.
+
+    `metadata` is None where there is no list of it: its folder tells.
+    """
 
     name: str
+    source: str
     folder: Path
     metadata: Path | None
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set on disk. `descriptions`: {class: its name in the prompts}, in the order of the classes."""
+    """A data set on disk, or the part of one that a list names.
+
+    `name`: what results and files about it are called. `source`: the data set that it is, or is part of, which tells
+    whether a model was trained on it. `descriptions`: {class: its name in the prompts}, in the order of the classes.
+    """
 
     name: str
+    source: str
     folder: Path
     domain: str
     records: list[Record]
@@ -40,74 +52,146 @@ class DataSet:
         """The records of one class."""
         return [record for record in self.records if record.class_name == class_name]
 
+    @property
+    def reported(self) -> dict[str, float]:
+        """{metric: percent} that AA-CLIP's authors report for it; empty where it is not the very images they tested."""
+        info = DATA_SETS.get(self.source)
+        if info is None or self.name != self.source or count_images(self.records) != info.counts:
+            return {}
+        return dict(info.reported)
+
 
 def canonical_name(name: str) -> str:
-    """Name of a data set that is given as its folder, its JSON lines file or one of its accepted names."""
+    """Name of the data set that is given as its folder, as a list of it or of a part, or by one of its names."""
     path = Path(name)
     # Not resolved: a link is called as it is, not as what it points to.
-    last = Path(os.path.abspath(path.parent if path.suffix == ".jsonl" else path)).name if _is_path(name) else name
+    last = Path(os.path.abspath(path.parent if is_list(name) else path)).name if is_path(name) else name
     for known, info in DATA_SETS.items():
         if last.casefold() in {known.casefold(), *(Path(folder).name.casefold() for folder in info.folders)}:
             return known
     return last
 
 
-def _is_path(name: str) -> bool:
+def result_name(name: str) -> str:
+    """What results and files about a data set are called, told from the argument alone.
+
+    A list that is not called full-shot.jsonl may hold a part of the images, so it adds its own name: results of a part
+    never replace those of the whole. Raises ValueError where that makes no name, or one of a known data set.
+    """
+    source, path = canonical_name(name), Path(name)
+    if not is_list(name) or path.name.casefold() == FULL:
+        return source
+    own = f"{source}_{path.stem}"
+    # Windows drops full stops and spaces at the end of a folder's name, so two names would be one.
+    if not path.stem.isprintable() or path.stem.endswith((" ", ".")):
+        raise ValueError(
+            f"--dataset {name}: files about it are called as the list, so rename it: no control characters, no space "
+            "or full stop before .jsonl."
+        )
+    if canonical_name(own) in DATA_SETS:
+        raise ValueError(
+            f"--dataset {name}: files about it would be called {own}, which is a name of {canonical_name(own)}. "
+            "Rename the list."
+        )
+    return own
+
+
+def is_path(name: str) -> bool:
+    """Whether a data set is given by its path, rather than by a name under the data root."""
     return "/" in name or os.sep in name
 
 
+def is_list(name: str) -> bool:
+    """Whether a data set is given by the path of a JSON lines file."""
+    return is_path(name) and Path(name).suffix.casefold() == ".jsonl"
+
+
 def open_dataset(name: str, data_root: str | Path, domain: str | None = None, class_name: str | None = None) -> DataSet:
-    """Find a data set and read its records.
+    """Find a data set and read its records; nothing is written.
 
     `name`: a known name or a folder under `data_root`; with a path separator, a folder or JSON lines file by its path.
     `domain` ("industrial" or "medical") and `class_name` (of all its images) are for data sets that are not known;
-    those have their own. Metadata that a known one lacks is built from its official layout and kept.
+    those have their own. A known one without metadata is read from its official layout.
     Raises FileNotFoundError where the folder or a file is missing, ValueError for what is wrong in it.
     """
     place = find_dataset(name, data_root)
-    info = DATA_SETS.get(place.name)
+    info = DATA_SETS.get(place.source)
     if info and domain and domain != info.domain:
-        raise ValueError(f"--domain {domain}: {place.name} is {info.domain}.")
+        raise ValueError(f"--domain {domain}: {place.source} is {info.domain}.")
     if info and class_name:
-        raise ValueError(f"--class_name {class_name}: {place.name} has its own names; the flag is for other data sets.")
+        raise ValueError(
+            f"--class_name {class_name}: {place.source} has its own names; the flag is for other data sets."
+        )
     records = named(read_place(place), class_name)
-    for line in count_differences(place.name, records):
+    for line in count_differences(place.source, records):
         logger.warning("%s: %s.", place.name, line)
-    classes = list(dict.fromkeys(record.class_name for record in records))
-    if info:  # known classes in the published order, others after them
-        classes.sort(key=lambda c: list(info.classes).index(c) if c in info.classes else len(info.classes))
-    described = {each: describe_class(place.name, each) for each in classes}
-    plain = [description for description, known in described.values() if not known]
+    descriptions, plain = _describe(place.source, records)
     if plain and not class_name:
         logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", place.name, "', '".join(plain))
-    descriptions = {each: description for each, (description, _) in described.items()}
-    return DataSet(place.name, place.folder, info.domain if info else domain or next(iter(BLUR)), records, descriptions)
+    found_domain = info.domain if info else domain or next(iter(BLUR))
+    return DataSet(place.name, place.source, place.folder, found_domain, records, descriptions)
+
+
+def _describe(source: str, records: list[Record]) -> tuple[dict[str, str], list[str]]:
+    """{class: its name in the prompts}, known classes first and in the published order; and which go by their own."""
+    info = DATA_SETS.get(source)
+    published = list(info.classes) if info else []
+    found = dict.fromkeys(record.class_name for record in records)
+    classes = [name for name in published if name in found] + [name for name in found if name not in published]
+    described = {name: describe_class(source, name) for name in classes}
+    plain = [description for description, given in described.values() if not given]
+    return {name: description for name, (description, _) in described.items()}, plain
 
 
 def open_all(names: list[str], data_root: str | Path, **own: str | None) -> list[DataSet]:
-    """`open_dataset` of several. Raises ValueError where two have one name, and so would the files about them."""
+    """`open_dataset` of several. Raises ValueError where two have one result name, and so would files about them."""
     data_sets = [open_dataset(name, data_root, **own) for name in names]
-    for name, count in Counter(data.name for data in data_sets).items():
-        if count > 1:
+    counts = Counter(data.name.casefold() for data in data_sets)  # as Windows compares the names of files
+    for data in data_sets:
+        if (count := counts[data.name.casefold()]) > 1:
             raise ValueError(
-                f"{count} data sets are called {name}, and so would be their files. Test them in two calls."
+                f"{count} data sets are called {data.name}, and so would be their files. Test them in two calls."
             )
     return data_sets
 
 
 def find_dataset(name: str, data_root: str | Path) -> Place:
-    """Where a data set lies; those of the demo are rendered on first use. Raises FileNotFoundError where it is not."""
-    known = canonical_name(name)
-    if not _is_path(name):
-        folder = _find_folder(known, Path(data_root))
+    """Where a data set lies.
+
+    Raises FileNotFoundError where there is none, ValueError for a file that is no list, or one called as another set.
+    """
+    source = canonical_name(name)
+    if not is_path(name):
+        folder = _find_folder(source, Path(data_root))
     elif Path(name).is_file():
-        return Place(known, Path(name).parent, Path(name))
+        return _place_of_list(name, Path(data_root))
     else:
         folder = Path(name)
         if not folder.is_dir():
             raise FileNotFoundError(f"--dataset {name}: no such folder or file.")
-    candidates = (folder / FULL, METADATA / known / FULL)
-    return Place(known, folder, next((path for path in candidates if path.is_file()), None))
+    candidates = (folder / FULL, metadata_folder(source) / FULL)
+    return Place(source, source, folder, next((path for path in candidates if path.is_file()), None))
+
+
+def _place_of_list(name: str, data_root: Path) -> Place:
+    """The place of a JSON lines file. Raises ValueError where it is none, or called as another data set would be."""
+    path = Path(name)
+    if not is_list(name):
+        raise ValueError(f"--dataset {name}: expected a folder or a .jsonl file, found a file of another kind.")
+    source, own = canonical_name(name), result_name(name)
+    if own != source:
+        for other in (Path(os.path.abspath(path)).parent.parent / own, data_root / own):
+            if other.is_dir():
+                raise ValueError(
+                    f"--dataset {name}: files about it would be called {own}, as those about the folder {other}. "
+                    "Rename the list."
+                )
+    return Place(own, source, path.parent, path)
+
+
+def metadata_folder(source: str) -> Path:
+    """Where lists of a data set lie that are not in its own folder."""
+    return METADATA / source
 
 
 def _find_folder(name: str, root: Path) -> Path:
@@ -119,13 +203,16 @@ def _find_folder(name: str, root: Path) -> Path:
         check_version(present[0])
     if present:
         return next((path for path in present if (path / FULL).is_file()), present[0])
-    if name in DEMO_SETS:
-        return build(name, root)
     tree = "\n".join(f"    {root / candidate}" for candidate in folders)
     others = sorted(path.parent.name for path in root.glob(f"*/{FULL}")) if root.is_dir() else []
     what = f"'{root}' has no folder of it" if root.is_dir() else f"'{root}' does not exist"
     if canonical_name(root.name) == name:
         hint = f"--data_root is the folder above those of the data sets: try {root.parent}."
+    elif name in DEMO_SETS:
+        hint = (
+            f"Render it: python -m dataset.metadata {' '.join(DEMO_SETS)} --data_root {root} (training and testing do "
+            "so themselves)."
+        )
     elif Path(name).is_dir():
         hint = f"A folder elsewhere is given as a path: .{os.sep}{name}."
     else:
@@ -138,18 +225,14 @@ def _find_folder(name: str, root: Path) -> Path:
 
 
 def read_place(place: Place) -> list[Record]:
-    """The records of a data set, from its metadata, else from its folders; a known one's are written down then.
+    """The records of a data set, from its metadata, else from its folders.
 
     Raises FileNotFoundError where a file is missing.
     """
-    listed, known = place.metadata is not None, place.name in DATA_SETS
-    records = read_records(place.metadata) if listed else list_folder(place)
-    if not listed and not known:
+    records = read_records(place.metadata) if place.metadata else list_folder(place)
+    if place.metadata is None and place.source not in DATA_SETS:
         _report_own(records)
     check_paths(records, place.folder)
-    if not listed and known:
-        path = write_metadata(place, records)
-        logger.info("%s: wrote %s, %d images of its official layout.", place.name, path, len(records))
     return records
 
 
@@ -176,13 +259,13 @@ def list_folder(place: Place) -> list[Record]:
 
     Masks that are missing are named where they should be. Raises FileNotFoundError where there is nothing of it.
     """
-    if place.name not in DATA_SETS:
+    if place.source not in DATA_SETS:
         return own_records(place.folder)
-    info = DATA_SETS[place.name]
+    info = DATA_SETS[place.source]
     records = list(LAYOUTS[info.layout](place.folder, list(info.classes))) if info.layout else []
     if not records:
         raise FileNotFoundError(
-            f"Data set {place.name}: found {place.folder}, but neither {FULL} nor images in the official layout "
+            f"Data set {place.source}: found {place.folder}, but neither {FULL} nor images in the official layout "
             "(dataset/README.md shows it)."
         )
     return records
@@ -196,9 +279,9 @@ def count_images(records: list[Record]) -> dict[str, tuple[int, int]]:
     return {class_name: (normal, anomalous) for class_name, (normal, anomalous) in counts.items()}
 
 
-def count_differences(name: str, records: list[Record]) -> list[str]:
+def count_differences(source: str, records: list[Record]) -> list[str]:
     """What is to be said of each class of a known data set whose number of images is not the published one."""
-    found, info = count_images(records), DATA_SETS.get(name)
+    found, info = count_images(records), DATA_SETS.get(source)
     return [
         "{}: {} normal and {} anomalous images, published are {} and {}".format(
             class_name, *found.get(class_name, (0, 0)), *expected
@@ -208,30 +291,12 @@ def count_differences(name: str, records: list[Record]) -> list[str]:
     ]
 
 
-def write_metadata(place: Place, records: list[Record]) -> Path:
-    """Write the full list of a known data set into its folder, or into dataset/metadata where that is read-only.
-
-    Raises ValueError where an older list in the folder cannot be replaced.
-    """
-    path = place.folder / FULL
-    try:
-        write_records(path, records)
-    except OSError as error:
-        if path.is_file():
-            raise ValueError(f"{path} cannot be replaced ({error.strerror}), and it would go before others.") from error
-        logger.info("%s cannot be written (%s).", path, error.strerror)
-        path = METADATA / place.name / FULL
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_records(path, records)
-    return path
-
-
 def draw_few_shot(data: DataSet, shot: int, seed: int, class_name: str | None = None) -> list[Record]:
     """The images of --shot: those of a list called <shot>-shot.jsonl where full-shot.jsonl lies, else drawn by `seed`.
 
     `class_name` as in `open_dataset`.
     """
-    for folder in (data.folder, METADATA / data.name):
+    for folder in (data.folder, metadata_folder(data.source)):
         path = folder / f"{shot}-shot.jsonl"
         if path.is_file():
             records = named(read_records(path), class_name)

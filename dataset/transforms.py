@@ -16,6 +16,8 @@ AUGMENTATIONS = ("published", "smooth")
 class Transform:
     """PIL image and mask -> normalised pixels [3, S, S] and mask [1, S, S] of 0 and 1.
 
+    What is drawn in augmentation (`augments`) comes from PyTorch's global generator.
+
     `stage` None: no augmentation. "text": rotation, translation and flips of image and mask together. "image": these,
     after brightness, contrast and saturation jitter.
 
@@ -26,7 +28,7 @@ class Transform:
     """
 
     def __init__(self, img_size: int, stage: str | None = None, augment: str = "published"):
-        self.img_size = img_size
+        self.img_size, self.augments = img_size, stage is not None
         self.resize_first = augment == "smooth"
         self.jitter = v2.Compose(
             [

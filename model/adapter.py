@@ -6,7 +6,7 @@ text and embedding widths.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -152,15 +152,16 @@ class AdaptedCLIP(nn.Module):
 
     def adapt_image(self, index: int, x: Tensor) -> Tensor:
         """Tokens [..., W] through the adapter of ViT block `index`; unchanged where the block has none."""
-        adapters = self.image_adapter["layer_adapters"]
+        adapters = cast(nn.ModuleList, self.image_adapter["layer_adapters"])
         return adapt(x, adapters[index], self.image_adapt_weight) if index < len(adapters) else x
 
     def project_levels(self, levels: dict[int, Tensor]) -> list[Tensor]:
         """Tokens {level: [B, T, W]} through `ln_post` and the trained projectors -> V1..V4, each [B, T-1, E]."""
         ln_post = self.backbone.clip.visual.ln_post
+        projectors = cast(nn.ModuleList, self.image_adapter["seg_proj"])
         return [
             F.normalize(proj(ln_post(levels[level][:, 1:])), dim=-1)
-            for level, proj in zip(self.backbone.levels, self.image_adapter["seg_proj"], strict=True)
+            for level, proj in zip(self.backbone.levels, projectors, strict=True)
         ]
 
     def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:

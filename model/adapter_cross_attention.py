@@ -5,40 +5,64 @@
 `out_proj` starts at zero: before the first step the extended model is the base model. Shapes as in `model.adapter`.
 """
 
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.adapter import AdaptedCLIP, Prompts, TextContext, VisualFeatures
-from model.backbone import Backbone
+from model.adapter import AdaptedCLIP, TextContext
+from model.backbone import DEFAULT_MODEL, Backbone
 
 HEADS = 8
 # The modules that train, by the names they have in checkpoints, stage by stage.
 STAGE_MODULES = {"text": ("text_adapter", "text_cross_attn"), "image": ("image_adapter", "image_cross_attn")}
 STAGES = tuple(STAGE_MODULES)
 MODULES = tuple(name for names in STAGE_MODULES.values() for name in names)
+# Title, in --help, of what a base model leaves open.
+EXTENSION = "cross-attention"
+
+
+def _flag(help: str, default: Any = MISSING, group: str = "model", **about: Any) -> Any:
+    """A field that is a flag of the command line too; `about` as `utils.options` reads it."""
+    return field(default=default, metadata={"help": help, "group": group, **about})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that rebuilds a model, apart from its weights; stored in every checkpoint."""
+    """All that rebuilds a model, apart from its weights; stored in every checkpoint. Each field is a flag."""
 
-    model_name: str
-    img_size: int
-    text_adapt_until: int
-    image_adapt_until: int
-    quick_gelu: bool = False
-    relu: bool = False
-    adapter_hidden: int | None = None
-    text_adapt_weight: float = 0.1
-    image_adapt_weight: float = 0.1
-    text_cross_attn: bool = False
-    image_cross_attn: bool = False
-    text_cross_attn_weight: float = 0.1
-    image_cross_attn_weight: float = 0.1
-    image_context: str = "adapted"
+    model_name: str = _flag("CLIP by open_clip's name, or demo", without=DEFAULT_MODEL)
+    img_size: int = _flag(
+        "side of the square input in pixels", least=1, without="518 for ViT-L-14-336, else the model's"
+    )
+    text_adapt_until: int = _flag(
+        "number of text blocks with an adapter", least=1, without="a quarter of them, 3 of ViT-L's 12"
+    )
+    image_adapt_until: int = _flag(
+        "number of ViT blocks with an adapter", least=1, without="a quarter of them, 6 of ViT-L's 24"
+    )
+    quick_gelu: bool = _flag("OpenAI's activation", False, without="plain GELU, as published bases have")
+    relu: bool = _flag("LeakyReLU after the image projectors", False, without="none")
+    adapter_hidden: int | None = _flag("adapters with a bottleneck of this width", None, least=1, without="none")
+    text_adapt_weight: float = _flag("weight of a text adapter's output", 0.1)
+    image_adapt_weight: float = _flag("weight of an image adapter's output", 0.1)
+    text_cross_attn: bool = _flag("without text -> image", False, EXTENSION, flag="no_text_cross_attn", without=None)
+    image_cross_attn: bool = _flag("without image -> text", False, EXTENSION, flag="no_image_cross_attn", without=None)
+    text_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION)
+    image_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION)
+    image_context: str = _flag(
+        "what the prompts see: V1 and CLS of the model's own forward, or of the plain CLIP",
+        "adapted",
+        EXTENSION,
+        choices=("adapted", "frozen"),
+    )
+
+
+def model_fields(extension: bool) -> list[Field]:
+    """The fields that a base model leaves open (`extension`), or those that it has too."""
+    return [entry for entry in fields(ModelConfig) if (entry.metadata["group"] == EXTENSION) == extension]
 
 
 class CrossAttention(nn.Module):
@@ -63,7 +87,8 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        attended = F.scaled_dot_product_attention(*self._heads(x, context), attn_mask=_over_heads(mask))
+        query, key, value = self._heads(x, context)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=_over_heads(mask))
         return x + self.weight * self.out_proj(attended.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
@@ -126,23 +151,17 @@ class CrossAttentionCLIP(AdaptedCLIP):
             ImageCrossAttentionModule(backbone, config.image_cross_attn_weight) if config.image_cross_attn else None
         )
 
-    def visual(self, images: Tensor, text_context: TextContext | None = None) -> VisualFeatures:
-        if self.image_cross_attn is not None and text_context is None:
-            raise ValueError("Image cross-attention is on, so the visual forward needs a text context.")
-        return super().visual(images, text_context)
-
     def after_image_block(self, index: int, x: Tensor, text_context: TextContext | None) -> Tensor:
         if index == 0 and self.image_cross_attn is not None:
+            if text_context is None:
+                raise ValueError("Image cross-attention is on, so the visual forward needs a text context.")
             x = self.image_cross_attn(x, text_context.tokens, text_context.mask)
         return super().after_image_block(index, x, text_context)
 
-    def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:
-        if self.text_cross_attn is not None and image_context is None:
-            raise ValueError("Text cross-attention is on, so the text forward needs an image context.")
-        return super().text(prompts, image_context)
-
     def after_text_block(self, index: int, x: Tensor, image_context: Tensor | None) -> Tensor:
         if index == 0 and self.text_cross_attn is not None:
+            if image_context is None:
+                raise ValueError("Text cross-attention is on, so the text forward needs an image context.")
             # All tokens of an image's prompts are queries of one attention over that image.
             x = self.text_cross_attn(x.flatten(1, 2), image_context).view_as(x)
         return super().after_text_block(index, x, image_context)

@@ -10,12 +10,14 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ ADAPTED_SIZES = {DEFAULT_MODEL: 518}
 WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 # Keys of open_clip's configurations of text towers with another mask, pooling or tokenizer.
-OTHER_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type", "embed_cls"}
+OTHER_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type", "embed_cls", "text_arch"}
 # Entries of OpenAI's state dicts that are no weights.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
@@ -49,9 +51,10 @@ def clip_config(model_name: str, img_size: int | None = None, quick_gelu: bool =
             f"--model_name {model_name}: open_clip has no such model. Choose {DEFAULT_MODEL}, demo, or another "
             f"ViT of open_clip.list_models()."
         )
-    vision = config["vision_cfg"]
-    other = (config.keys() & {"custom_text", "multimodal_cfg"}) | (config["text_cfg"].keys() & OTHER_TEXT_TOWERS)
-    if other or "patch_size" not in vision:
+    vision = config.get("vision_cfg", {})
+    # Sound models, captioners and the like have keys that CLIP does not take; a ResNet's patch size is null.
+    other = config.keys() - signature(open_clip.CLIP).parameters.keys()
+    if other or config["text_cfg"].keys() & OTHER_TEXT_TOWERS or not vision.get("patch_size"):
         raise ValueError(
             f"--model_name {model_name}: only OpenAI's architecture is supported, a ViT and a causal text transformer."
         )
@@ -92,21 +95,36 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
             if (folder / name).is_file():
                 return folder / name
     source = open_clip.get_pretrained_cfg(model_name, "openai")
+    addresses = _addresses(source)
     reason = "open_clip lists no OpenAI weights for it"
-    if source:
+    if addresses:
         logger.info("No weights of %s in %s; trying to download them.", model_name, ", ".join(WEIGHT_FOLDERS))
         try:
             return Path(open_clip.download_pretrained(source))
         except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
             reason = f"download failed: {shorten(str(error), 160)} ({type(error).__name__})"
-    url = source.get("url") if source else "a checkpoint of this model"
+    known = " or ".join(f"{address} (as {model_name}{Path(address).suffix})" for address in addresses)
     raise FileNotFoundError(
         f"No weights for {model_name}.\n"
         f"  tried: {', '.join(names)}\n"
         f"  in:    {', '.join(str(folder) for folder in folders)}\n"
         f"  and:   {reason}\n"
-        f"Download {url} into {folders[0]}, or give the file with --clip_weights FILE."
+        f"Download {known or 'a checkpoint of this model (as one of these names)'} into {folders[0]}, "
+        "or give the file with --clip_weights FILE."
     )
+
+
+def _addresses(source: dict) -> list[str]:
+    """Where the file of an entry of open_clip's pretrained list is: its own address, Hugging Face, both or neither.
+
+    Which of the two an entry has differs between versions of open_clip. `hf_hub` is "owner/name/" or, with a file,
+    "owner/name/file".
+    """
+    addresses = [source["url"]] if source.get("url") else []
+    if source.get("hf_hub"):
+        repository, _, name = source["hf_hub"].rpartition("/")
+        addresses.append(f"https://huggingface.co/{repository}/resolve/main/{name or HF_SAFE_WEIGHTS_NAME}")
+    return addresses
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -119,21 +137,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            content: object = load_file(path)
         elif _is_torchscript(path):
             with warnings.catch_warnings():
                 # Deprecated, but there is no other reader of OpenAI's archives.
                 warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
-                state = torch.jit.load(path, map_location="cpu").state_dict()
+                content = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip, safetensors and TorchScript errors share no base class
         raise ValueError(f"{path}: not readable as CLIP weights ({shorten(str(error), 160)}).") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state dict of tensors, found {type(state).__name__}.")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors, found {type(content).__name__}.")
+    state = {name.removeprefix("module."): value for name, value in content.items()}
     return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
 
 
@@ -149,7 +167,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().cpu().float().contiguous().numpy())
+        digest.update(state[name].detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -158,10 +176,11 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor, mask: Tensor | N
 
     The projections are called directly: `nn.MultiheadAttention` takes another path where gradients are off, so
     its results differ between grad modes, and it computes gradients of frozen weights' inputs more slowly.
+    open_clip 4 has a class of its own instead, with the same parameters under the same names.
     """
-    query, key, value = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-    heads = (_split_heads(part, attention.num_heads) for part in (query, key, value))
-    return attention.out_proj(_join_heads(F.scaled_dot_product_attention(*heads, attn_mask=mask)))
+    parts = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+    query, key, value = (_split_heads(part, attention.num_heads) for part in parts)
+    return attention.out_proj(_join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
 
 def vv_attention(attention: nn.MultiheadAttention, x: Tensor, across_batch: bool) -> Tensor:
@@ -203,7 +222,7 @@ def run_blocks(
     """
     kept = {}
     for index in range(start, len(blocks) if stop is None else stop):
-        block = blocks[index]
+        block: ResidualAttentionBlock = blocks[index]
         x = x + block.ls_1(attend(block.attn, block.ln_1(x)))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
         if after_block is not None:

@@ -1,14 +1,16 @@
 """Weight files of every kind, sizes read from the model, and the walk against open_clip's own forward."""
 
+import contextlib
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from benchmarks.standin import standin_images
 from model import backbone as module
 from model.backbone import Backbone, clip_config, default_adapters, load_backbone, read_weights, vv_attention
-from tests.standin import standin_images
 
 PROMPTS = ["a photo of a damaged metal nut.", "candle."]
 
@@ -70,27 +72,64 @@ def test_positions_are_resized_bicubic_with_antialiasing(files, state):
     assert resized.sha256 == load_backbone("demo", clip_weights=files[0]).sha256
 
 
-def test_missing_weights_say_what_was_tried(tmp_path, monkeypatch):
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A folder that holds no weights, as the repository and the working folder; there is no network."""
+
     def no_network(source):
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip, "download_pretrained", no_network)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+def test_missing_weights_say_what_was_tried(nowhere):
     with pytest.raises(FileNotFoundError) as error:
         load_backbone("ViT-L-14-336")
-    for part in ("ViT-L-14-336px.pt", str(tmp_path / "ckpt"), "no route to host", "openaipublic", "--clip_weights"):
+    for part in (
+        "ViT-L-14-336px.pt",
+        str(nowhere / "ckpt"),
+        "no route to host",
+        "https://huggingface.co/timm/vit_large_patch14_clip_336.openai/",
+        "--clip_weights",
+    ):
         assert part in str(error.value)
 
 
-def test_a_known_name_is_found(tmp_path, monkeypatch, state):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "REPOSITORY", tmp_path)
-    (tmp_path / "ckpt").mkdir()
+@pytest.mark.parametrize(
+    ("source", "reason", "what"),
+    [
+        ({}, "lists no OpenAI weights", "a checkpoint of this model (as one of these names)"),
+        ({"url": "", "hf_hub": ""}, "lists no OpenAI weights", "a checkpoint of this model (as one of these names)"),
+        ({"url": "https://a.b/c/d.pt", "hf_hub": ""}, "no route to host", "https://a.b/c/d.pt (as demo.pt)"),
+        (
+            {"hf_hub": "owner/name/"},
+            "no route to host",
+            "https://huggingface.co/owner/name/resolve/main/open_clip_model.safetensors (as demo.safetensors)",
+        ),
+        (
+            {"url": "https://a.b/c/d.pt", "hf_hub": "owner/name/e.bin"},
+            "no route to host",
+            "https://a.b/c/d.pt (as demo.pt) or https://huggingface.co/owner/name/resolve/main/e.bin (as demo.bin)",
+        ),
+    ],
+)
+def test_missing_weights_say_where_to_get_them(nowhere, monkeypatch, source, reason, what):
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model_name, tag: source)
+    with pytest.raises(FileNotFoundError) as error:
+        module.find_weights("demo")
+    assert reason in str(error.value)
+    assert f"Download {what} into {nowhere / 'ckpt'}, or give" in str(error.value)
+
+
+def test_a_known_name_is_found(nowhere, state):
+    (nowhere / "ckpt").mkdir()
     with pytest.raises(FileNotFoundError, match="No weights for demo"):
         module.find_weights("demo")
-    torch.save(state, tmp_path / "ckpt" / "demo.pt")
-    assert module.find_weights("demo") == tmp_path / "ckpt" / "demo.pt"
+    torch.save(state, nowhere / "ckpt" / "demo.pt")
+    assert module.find_weights("demo") == nowhere / "ckpt" / "demo.pt"
 
 
 @pytest.mark.parametrize(
@@ -135,10 +174,44 @@ def test_sizes_come_from_the_model(backbone):
     assert (backbone.image_width, backbone.text_width, backbone.embed_dim) == (128, 48, 96)
 
 
-@pytest.mark.parametrize(("name", "size", "message"), [("demo", 65, "64 or 72"), ("no-such", None, "no such model")])
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("demo", 65, "64 or 72"),
+        ("no-such", None, "no such model"),
+        ("RN50", None, "only OpenAI's architecture"),
+        ("coca_ViT-B-32", None, "only OpenAI's architecture"),
+    ],
+)
 def test_bad_configuration(name, size, message):
     with pytest.raises(ValueError, match=message):
         clip_config(name, size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(audio_cfg=config.pop("vision_cfg")),
+        lambda config: config.update(another_cfg={}),
+        lambda config: config["text_cfg"].update(text_arch="modern"),
+        lambda config: config["vision_cfg"].update(patch_size=None),
+    ],
+)
+def test_other_kinds_of_model_are_refused(monkeypatch, change):
+    config = open_clip.get_model_config("demo")
+    change(config)
+    monkeypatch.setattr(open_clip, "get_model_config", lambda model_name: config)
+    with pytest.raises(ValueError, match="only OpenAI's architecture"):
+        clip_config("demo")
+
+
+def test_every_model_of_open_clip_is_known_or_refused():
+    known = set()
+    for name in open_clip.list_models():
+        with contextlib.suppress(ValueError):  # any other error fails the test
+            clip_config(name)
+            known.add(name)
+    assert {"demo", "ViT-B-16", "ViT-L-14-336", "ViT-H-14"} <= known
 
 
 def test_all_frozen_and_always_in_eval_mode(backbone):

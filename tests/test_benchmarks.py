@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from benchmarks import variants
-from utils.engine import TrainingError, TrainingStoppedError
+from utils.errors import TrainingError, TrainingStoppedError
 
 
 def row(variant: str, loop: int, seed: int, value: float) -> dict:

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage import SETTINGS, coverage, sample_of
-from utils.bootstrap import MIN_IMAGES, draw, interval, resample
-from utils.metrics import METRICS
+from utils.testing.bootstrap import MIN_IMAGES, draw, interval, resample
+from utils.testing.metrics import METRICS
 
 
 def test_draws_are_seeded_and_come_in_blocks(monkeypatch):
     whole = np.concatenate(list(draw(30, (0, 1), 50)))
     assert whole.shape == (50, 30) and (whole.sum(axis=1) == 30).all()
-    monkeypatch.setattr("utils.bootstrap.BLOCK", 300)
+    monkeypatch.setattr("utils.testing.bootstrap.BLOCK", 300)
     blocks = list(draw(30, (0, 1), 50))
     assert len(blocks) == 5 and np.array_equal(np.concatenate(blocks), whole)
     assert not np.array_equal(next(draw(30, (0, 2), 50)), blocks[0])

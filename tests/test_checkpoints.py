@@ -1,8 +1,8 @@
 """Checkpoint files: AA-CLIP's base, loop files, and what is said of wrong ones."""
 
+import logging
 import re
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import EPOCHS, make_model, tensors
 from utils import checkpoints
-from utils.arguments import resolve_model
 from utils.checkpoints import load_checkpoint
+from utils.models import resolve_config
 
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
@@ -53,7 +53,7 @@ def test_loop_files_hold_all_that_they_should(run, base):
         assert torch.equal(zero[key], value)
 
 
-def test_aa_clips_own_files_are_assumed_to_be_vit_l(tmp_path):
+def test_aa_clips_own_files_are_assumed_to_be_vit_l(tmp_path, caplog):
     """Files that name no backbone, image_adapter_<epoch>.pth the highest of several."""
     text = {f"{k}.fc.0.weight": torch.zeros(768, 768) for k in range(4)}
     image = {f"layer_adapters.{k}.fc.0.weight": torch.zeros(1024, 1024) for k in range(6)}
@@ -65,14 +65,14 @@ def test_aa_clips_own_files_are_assumed_to_be_vit_l(tmp_path):
         torch.save(content, tmp_path / f"image_adapter_{epoch}.pth")
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.base["epochs"] == {"text": 5, "image": 15}
-    config, assumed = resolve_model(Namespace(), checkpoint, BOTH)
+    caplog.set_level(logging.INFO)
+    config = resolve_config({}, checkpoint, BOTH)
     assert (config.model_name, config.img_size, config.relu) == ("ViT-L-14-336", 518, True)
     assert (config.text_adapt_until, config.image_adapt_until, config.adapter_hidden) == (3, 6, None)
-    assert config.text_cross_attn and "--img_size 518" in assumed
-    config, assumed = resolve_model(Namespace(img_size=224), checkpoint, BOTH)
-    assert config.img_size == 224
+    assert config.text_cross_attn and "--img_size 518" in caplog.text
+    assert resolve_config({"img_size": 224}, checkpoint, BOTH).img_size == 224
     with pytest.raises(ValueError, match=r"--image_adapt_until 5: contradicts .*, which has 6"):
-        resolve_model(Namespace(image_adapt_until=5), checkpoint, BOTH)
+        resolve_config({"image_adapt_until": 5}, checkpoint, BOTH)
 
 
 def test_a_bottleneck_is_read_from_the_keys(tmp_path, backbone):
@@ -80,11 +80,10 @@ def test_a_bottleneck_is_read_from_the_keys(tmp_path, backbone):
     saved = checkpoints.states(model)
     for name, extra in (("text_adapter", "text_optimizer"), ("image_adapter", "image_optimizer")):
         torch.save({"epoch": 1, name: saved[name], extra: {}}, tmp_path / f"{name}.pth")
-    config, _ = resolve_model(Namespace(model_name="demo"), load_checkpoint(tmp_path))
-    assert config.adapter_hidden == 16
+    assert resolve_config({"model_name": "demo"}, load_checkpoint(tmp_path)).adapter_hidden == 16
     rewrite(tmp_path / "text_adapter.pth", lambda c: c["text_adapter"].update({"0.norm.weight": torch.ones(3)}))
     with pytest.raises(ValueError, match=r"'0\.norm\.weight', an adapter of an unknown kind"):
-        resolve_model(Namespace(model_name="demo"), load_checkpoint(tmp_path))
+        resolve_config({"model_name": "demo"}, load_checkpoint(tmp_path))
 
 
 def wrong_shape(content: dict) -> None:

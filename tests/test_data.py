@@ -1,15 +1,23 @@
 """Data sets, their records, and what is drawn from them."""
 
 import json
+import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dataset.constants import DATA_SETS, class_prompts, describe_class
 from dataset.records import Record, few_shot, hold_out, read_records, write_records
-from dataset.sets import draw_few_shot, open_dataset
+from dataset.sets import canonical_name, draw_few_shot, open_all, open_dataset, result_name
 from tests.conftest import write_small_dataset
+
+
+def listing(root: Path) -> dict[str, int]:
+    """{path: when it was changed} of all that is in a folder, to tell whether anything was written."""
+    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
 def test_prompts_are_the_published_ones():
@@ -138,6 +146,13 @@ def test_records_round_trip(root, tmp_path):
     assert read_records(tmp_path / "list.jsonl") == records
 
 
+def test_a_list_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "list.jsonl").mkdir()
+    with pytest.raises(OSError):
+        write_records(tmp_path / "list.jsonl", [Record("candle/0_0.png", 0, "candle")])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "list.jsonl"]
+
+
 def test_a_list_of_few_shots_is_used_where_it_lies(root, monkeypatch, tmp_path, caplog):
     data = open_dataset("small", root)
     assert draw_few_shot(data, 4, seed=1) == few_shot(data.records, 4, seed=1)
@@ -160,6 +175,105 @@ def test_class_name_renames_the_one_class_of_unknown_data(root):
     write_small_dataset(root / "mtd", per_kind=1, classes=("magnetic_tile",))
     with pytest.raises(ValueError, match="mtd has its own names"):
         open_dataset("mtd", root, class_name="tile")
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "source"),
+    [
+        ("visa_20220922", "VisA", "VisA"),
+        ("part.jsonl", "part.jsonl", "part.jsonl"),  # no path, so the name of a folder
+        ("data/demo_test", "demo_test", "demo_test"),
+        ("data/demo_test/full-shot.jsonl", "demo_test", "demo_test"),
+        ("data/demo_test/FULL-SHOT.JSONL", "demo_test", "demo_test"),
+        ("data/demo_test/part.jsonl", "demo_test_part", "demo_test"),
+        ("data/mvtec_ad/16-shot.JSONL", "MVTec_16-shot", "MVTec"),
+        ("data/bolts/new lot, v1.2 ß螺.jsonl", "bolts_new lot, v1.2 ß螺", "bolts"),
+        ("data/demo/test.jsonl", None, "demo"),  # demo_test
+        ("data/mvtec/ad.jsonl", None, "MVTec"),  # a name of MVTec's folder
+        ("data/bolts/part .jsonl", None, "bolts"),
+        ("data/bolts/part..jsonl", None, "bolts"),
+        ("data/bolts/a\nb.jsonl", None, "bolts"),
+    ],
+)
+def test_names_of_results_tell_a_part_from_the_whole(given, name, source):
+    assert canonical_name(given) == source
+    if name:
+        assert result_name(given) == name
+    else:
+        with pytest.raises(ValueError, match=r"(?s)files about it .*ename"):
+            result_name(given)
+
+
+def test_a_part_of_a_data_set_goes_by_its_own_name(root, caplog):
+    write_small_dataset(root / "MVTec", per_kind=2, classes=("bottle",))
+    whole = open_dataset("MVTec", root)
+    write_records(root / "MVTec" / "part.jsonl", whole.records[:3])
+    write_records(root / "MVTec" / "2-shot.jsonl", whole.records[1:3])
+    caplog.clear()
+    part = open_dataset(str(root / "MVTec" / "part.jsonl"), "nowhere")
+    assert (part.name, part.source, part.folder) == ("MVTec_part", "MVTec", root / "MVTec")
+    assert part.records == whole.records[:3] and part.descriptions == {"bottle": "dark bottle"}
+    assert "MVTec_part: bottle: 2 normal and 1 anomalous images, published are 20 and 63" in caplog.text
+    assert draw_few_shot(part, 2, seed=1) == whole.records[1:3]
+    assert [data.name for data in open_all(["MVTec", str(root / "MVTec" / "part.jsonl")], root)] == [
+        "MVTec",
+        "MVTec_part",
+    ]
+    for twice in ("MVTec", "MVTec/full-shot.jsonl"):
+        with pytest.raises(ValueError, match="2 data sets are called MVTec, and so would be their files"):
+            open_all(["MVTec", str(root / twice)], root)
+
+
+def test_results_of_a_part_leave_those_of_the_whole(scripts, run, data_root, tmp_path, capsys):
+    folder = shutil.copytree(data_root / "small", tmp_path / "small")
+    records = open_dataset("small", tmp_path).records
+    write_records(folder / "part.jsonl", records[:10])
+    part, before = folder / "part.jsonl", listing(run)
+    assert scripts("test", "--ckpt", run / "loop_1.pth", "--dataset", part, "--device", "cpu") == 0
+    out, err = capsys.readouterr()
+    assert "small_part: 10 images" in out and "NOT ZERO-SHOT" in err
+    after = listing(run)
+    assert "loop_1_small_part.csv" in after and before.items() <= after.items()
+    assert all("small_part" in path for path in after.keys() - before.keys())
+    assert scripts("train_cross_attention", "--dry_run", "--eval_dataset", part) == 0
+    assert "loop_<k>_small_part.csv" in capsys.readouterr().out
+
+
+def test_a_part_is_not_called_as_another_folder(root, monkeypatch):
+    write_records(root / "small" / "part.jsonl", open_dataset("small", root).records[:3])
+    given = str(root / "small" / "part.jsonl")
+    (root / "elsewhere" / "small_part").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"would be called small_part, as those about the folder .*elsewhere"):
+        open_dataset(given, root / "elsewhere")
+    assert open_dataset(given, "nowhere").name == "small_part"
+    (root / "small_part").mkdir()
+    monkeypatch.chdir(root / "small")
+    for path in (given, f".{os.sep}part.jsonl", f"..{os.sep}small{os.sep}part.jsonl"):
+        with pytest.raises(ValueError, match=r"small_part, as those about the folder .*\. Rename the list\."):
+            open_dataset(path, "nowhere")
+
+
+def test_a_file_that_is_no_list_is_refused(root):
+    (root / "small" / "full-shot.jsonl").rename(root / "small" / "full-shot.txt")
+    with pytest.raises(ValueError, match=r"expected a folder or a .jsonl file, found a file of another kind"):
+        open_dataset(str(root / "small" / "full-shot.txt"), "nowhere")
+
+
+def test_reported_numbers_are_those_of_the_whole_published_set(root, monkeypatch):
+    folder = write_small_dataset(root / "MVTec", per_kind=2, classes=("bottle",))
+    assert open_dataset("MVTec", root).reported == {}  # of 83 images, 4
+    published = replace(DATA_SETS["MVTec"], counts={"bottle": (2, 2)})
+    monkeypatch.setitem(DATA_SETS, "MVTec", published)
+    for whole in ("MVTec", str(folder), str(folder / "full-shot.jsonl")):
+        assert open_dataset(whole, root).reported == published.reported
+    open_dataset("MVTec", root).reported.clear()  # what is given out is a copy
+    records = open_dataset("MVTec", root).records
+    write_records(folder / "all.jsonl", records)
+    assert open_dataset(str(folder / "all.jsonl"), root).reported == {}
+    for other in (records[1:], [*records, Record("bottle/0_0.png", 0, "cork")]):
+        write_records(folder / "full-shot.jsonl", other)
+        assert open_dataset("MVTec", root).reported == {}
+    assert published.reported["pixel_ap"] == 45.27 and open_dataset("small", root).reported == {}
 
 
 def test_names_beyond_ascii_and_lists_in_other_places(root):

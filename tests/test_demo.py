@@ -31,8 +31,10 @@ from dataset.demo.captions import (
 from dataset.demo.defects import DEFECT_AREA, DEFECTS, Site
 from dataset.demo.products import PRODUCTS
 from dataset.demo.render import render
-from dataset.sets import open_dataset
+from dataset.prepare import prepare
+from dataset.sets import find_dataset, open_dataset
 from model.backbone import REPOSITORY, load_backbone
+from tests.test_data import listing
 from utils.checkpoints import load_checkpoint
 from utils.cli import run_script
 
@@ -75,10 +77,19 @@ def test_every_kind_of_defect_is_drawn():
     assert {render("gear", True, (7, seed), 64).defect for seed in range(60)} == set(DEFECTS)
 
 
-def test_a_demo_set_is_built_on_first_use(tmp_path, monkeypatch):
+def test_a_demo_set_is_rendered_where_it_is_prepared(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(building, "IMAGES_PER_CLASS", 2)
-    data = open_dataset("demo_test", tmp_path / "new" / "root")
-    assert data.folder == tmp_path / "new" / "root" / "demo_test" and len(data.records) == 24
+    root = tmp_path / "new" / "root"
+    for use in (open_dataset, find_dataset):
+        with pytest.raises(FileNotFoundError) as error:
+            use("demo_test", root)
+        assert f"Render it: python -m dataset.metadata demo_train demo_test --data_root {root} (" in str(error.value)
+    assert not list(tmp_path.iterdir())
+    with caplog.at_level("INFO", "dataset"):
+        prepare("demo_test", root)
+    assert f"Rendering demo_test into {root}." in caplog.text
+    data = open_dataset("demo_test", root)
+    assert data.folder == root / "demo_test" and len(data.records) == 24
     assert data.descriptions["bottle_top"] == "bottle top" and data.domain == "industrial"
     damaged = [record for record in data.records if record.label]
     assert len(damaged) == 12 and all(record.mask_path for record in damaged)
@@ -88,7 +99,15 @@ def test_a_demo_set_is_built_on_first_use(tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(Image.open(data.folder / damaged[0].mask_path)), rendered.mask)
 
     monkeypatch.setattr(building, "render", None)  # the second time it is there
-    assert open_dataset("demo_test", tmp_path / "new" / "root").records == data.records
+    before = listing(tmp_path)
+    prepare("demo_test", root)
+    prepare(str(root / "demo_test"), "nowhere")
+    assert open_dataset("demo_test", root).records == data.records and listing(tmp_path) == before
+
+    (root / "demo_test" / building.VERSION_FILE).write_text("0", encoding="utf-8")
+    for use in (open_dataset, prepare):
+        with pytest.raises(ValueError, match=r"of renderer version 0, expected .* Delete the folder"):
+            use("demo_test", root)
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):

@@ -14,11 +14,13 @@ import torch
 
 from dataset.sets import open_dataset
 from tests.conftest import EPOCHS, write_small_dataset
-from utils import bootstrap, evaluation, pictures, tables
-from utils.checkpoints import Checkpoint, load_checkpoint
-from utils.comparison import Row, comparison, difference, left_out, same_but_for_seed
-from utils.evaluation import AVERAGE, collect, finish_class, model_names
-from utils.metrics import METRICS, ClassScores
+from utils.checkpoints import Checkpoint, checkpoint_names, load_checkpoint
+from utils.report import tables
+from utils.testing import bootstrap
+from utils.testing.comparison import Comparison, same_but_for_seed
+from utils.testing.contenders import Contender, collect
+from utils.testing.metrics import METRICS, Sample
+from utils.testing.results import AVERAGE, Results, Row
 
 
 def with_seed(run: Path, folder: Path, seed: int) -> Path:
@@ -31,19 +33,26 @@ def with_seed(run: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
-def model_at(
-    path: str, values: float, loop: int = 1, seed: int = 0, base: evaluation.Tested | None = None
-) -> evaluation.Tested:
+def results_at(path: str, values: float, loop: int = 1, seed: int = 0, base: Results | None = None) -> Results:
+    """Results of a model in a file that is not there: every metric is `values`, noise of the resamples is shared."""
     training = {"seed": seed, "dataset": "VisA", "image_lr": 5e-4}
     of_base = {"sha256": {}, "datasets": ["VisA"], "training": dict(training)}
     checkpoint = Checkpoint(Path(path), loop, {}, of_base, {}, training, is_loop_file=True)
-    each = evaluation.Tested(
-        checkpoint, None, "/".join(Path(path).with_suffix("").parts[-2:]), {"base": base} if base else {}
-    )
-    each.results = {name: dict.fromkeys(METRICS, values) for name in ("bolt", AVERAGE)}
+    contender = Contender(checkpoint, None, "/".join(Path(path).with_suffix("").parts[-2:]))
     noise = np.random.default_rng(0).normal(0, 0.01, 100)
-    each.resampled = {name: dict.fromkeys(METRICS, values + noise) for name in ("bolt", AVERAGE)}
-    return each
+    names = ("bolt", AVERAGE)
+    return Results(
+        contender,
+        samples={"bolt": None},
+        values={name: dict.fromkeys(METRICS, values) for name in names},
+        resampled={name: dict.fromkeys(METRICS, values + noise) for name in names},
+        references={"base": base} if base else {},
+    )
+
+
+def compared(*results: Results, reported: dict | None = None) -> Comparison:
+    data = SimpleNamespace(name="parts", reported=reported or {})
+    return Comparison(SimpleNamespace(data=data), results, resamples=100)
 
 
 def test_loops_bring_their_base_and_their_control(run, tmp_path):
@@ -68,31 +77,30 @@ def test_loops_bring_their_base_and_their_control(run, tmp_path):
 def test_names_are_as_long_as_they_must_be():
     paths = ["a/x/loop_1.pth", "b/x/loop_1.pth", "b/x/loop_0.pth", "c/Visa_base"]
     files = [SimpleNamespace(path=Path(path), loop=int("1" in path), is_loop_file="loop" in path) for path in paths]
-    assert model_names(files) == ["a/x/loop_1", "b/x/loop_1", "x/loop_0 (base)", "Visa_base"]
+    assert checkpoint_names(files) == ["a/x/loop_1", "b/x/loop_1", "x/loop_0 (base)", "Visa_base"]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_pooled():
-    bases = [model_at(f"s{seed}/loop_0.pth", 0.5 + 0.01 * seed, 0, seed) for seed in (0, 1)]
-    runs = [model_at(f"s{seed}/loop_1.pth", 0.6 + 0.03 * seed, 1, seed, bases[seed]) for seed in (0, 1)]
-    other = model_at("s2/loop_1.pth", 0.9, 1, 2)
-    other.checkpoint.training["image_lr"] = 1e-3
+    bases = [results_at(f"s{seed}/loop_0.pth", 0.5 + 0.01 * seed, 0, seed) for seed in (0, 1)]
+    runs = [results_at(f"s{seed}/loop_1.pth", 0.6 + 0.03 * seed, 1, seed, bases[seed]) for seed in (0, 1)]
+    other = results_at("s2/loop_1.pth", 0.9, 1, 2)
+    other.contender.checkpoint.training["image_lr"] = 1e-3
     assert [len(group) for group in same_but_for_seed([*bases, *runs, other])] == [2, 2]
-    rows = comparison([*bases, *runs, other], SimpleNamespace(name="parts"), AVERAGE)
+    rows = compared(*bases, *runs, other).rows[AVERAGE]
     means = {(row.of, row.less): row for row in rows if row.spread}
     name = "mean of s0/loop_1 over seeds 0, 1"
     assert means[name, None].values["pixel_ap"] == pytest.approx(0.615)
     assert means[name, None].spread["pixel_ap"] == pytest.approx(0.03 / math.sqrt(2))
     assert means[name, "base"].values["pixel_ap"] == pytest.approx(0.11)
-    runs[1].checkpoint.base["training"]["image_lr"] = 1e-3  # of another kind of base
+    runs[1].contender.checkpoint.base["training"]["image_lr"] = 1e-3  # of another kind of base
     assert [len(group) for group in same_but_for_seed([*bases, *runs])] == [2]
-    same = replace(runs[0].checkpoint)
-    assert same_but_for_seed([runs[0], evaluation.Tested(same, None, "copy")]) == []  # the same seed twice
+    copy = replace(runs[0], contender=replace(runs[0].contender, name="copy"))
+    assert same_but_for_seed([runs[0], copy]) == []  # the same seed twice
 
 
 def test_differences_are_paired():
-    base = model_at("x/loop_0.pth", 0.50, 0)
-    run = model_at("x/loop_1.pth", 0.52, 1, 0, base)
-    row = difference(run, "base", AVERAGE)
+    base = results_at("x/loop_0.pth", 0.50, 0)
+    row = results_at("x/loop_1.pth", 0.52, 1, 0, base).differences["base"][AVERAGE]
     assert row.values["image_ap"] == pytest.approx(0.02)
     assert row.low["image_ap"] == pytest.approx(0.02)  # their noise is the same
     assert row.is_sure("image_ap")
@@ -103,50 +111,60 @@ def test_differences_are_paired():
 
 
 def test_reported_numbers_stand_beside_ours():
-    rows = comparison([model_at("x/loop_0.pth", 0.5, 0)], SimpleNamespace(name="MVTec"), AVERAGE)
-    assert rows[-1].name.startswith("reported by AA-CLIP") and rows[-1].values["pixel_ap"] == pytest.approx(0.4527)
-    assert math.isnan(rows[-1].values["pixel_aupro"])
-    (row,) = comparison([model_at("x/loop_0.pth", 0.5, 0)], SimpleNamespace(name="MVTec"), "bolt")
+    comparison = compared(results_at("x/loop_0.pth", 0.5, 0), reported={"pixel_ap": 45.27})
+    reported = comparison.rows[AVERAGE][-1]
+    assert reported.name.startswith("reported by AA-CLIP") and reported.values["pixel_ap"] == pytest.approx(0.4527)
+    assert math.isnan(reported.values["pixel_aupro"])
+    (row,) = comparison.rows["bolt"]
     assert row.less is None and row.of == "x/loop_0"
 
 
 def test_classes_that_an_average_leaves_out_are_named():
-    each = model_at("x/loop_1.pth", 0.5)
-    each.samples = {"bolt": None, "nut": None}
-    each.results["nut"] = dict.fromkeys(METRICS, 0.5) | {"image_ap": math.nan}
-    assert left_out([each]) == {"image_ap": ["nut"]}
-    without = model_at("y/loop_1.pth", math.nan)  # has no average, so nothing is left out of it
-    without.samples = each.samples
-    without.results["nut"] = without.results["bolt"]
-    assert left_out([each, without]) == {"image_ap": ["nut"]}
+    def of_two(path: str, average: float, nut: dict) -> Results:
+        one = results_at(path, average)
+        return replace(one, samples={"bolt": None, "nut": None}, values={**one.values, "nut": nut})
+
+    undefined = dict.fromkeys(METRICS, 0.5) | {"image_ap": math.nan}
+    one = of_two("x/loop_1.pth", 0.5, undefined)
+    assert compared(one).left_out == {"image_ap": ["nut"]}
+    without = of_two("y/loop_1.pth", math.nan, undefined)  # has no average, so nothing is left out of it
+    assert compared(one, without).left_out == {"image_ap": ["nut"]}
 
 
 def test_percent_and_escapes():
     assert [tables.percent(value, True) for value in (-0.00001, 0.0123, math.nan)] == ["+0.00", "+1.23", "n/a"]
     row = Row("x_1", "base", {"pixel_ap": 0.01}, {"pixel_ap": -0.01}, {"pixel_ap": 0.03})
-    assert tables._latex_cell(row, "pixel_ap") == "$+1.00$ {\\scriptsize $[-1.00, +3.00]$}"
-    assert tables._escape("a_b & 5 %") == "a\\_b \\& 5 \\%"
+    assert tables.latex_cell(row, "pixel_ap") == "$+1.00$ {\\scriptsize $[-1.00, +3.00]$}"
+    assert tables.latex_text("a_b & 5 %") == "a\\_b \\& 5 \\%"
 
 
 def test_most_improved_come_first():
-    rng = np.random.default_rng(0)
-    labels = [1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]
-    base, run = model_at("x/loop_0.pth", 0.5, 0), model_at("x/loop_1.pth", 0.5, 1)
-    run.references["base"] = base
-    for each, shift in ((base, np.zeros(12)), (run, np.linspace(-0.3, 0.3, 12))):
-        scores = ClassScores("industrial")
-        scores.paths, scores.labels, scores.maskless = [""] * 12, labels, True
-        scores.scores = (np.linspace(0.3, 0.7, 12) + shift).tolist()
-        scores.single = scores.highest = scores.scores
-        scores.lowest, scores.regions, scores.pixel_ap = rng.random(12).tolist(), [0] * 12, [math.nan] * 12
-        finish_class([each], "bolt", [scores], (0, 0), 10)
-    chosen = pictures.choose(run, "bolt", 3)
-    assert [labels[row] for row in chosen] == [1, 1, 1, 0, 0, 0]
-    moved = run.samples["bolt"].scores - base.samples["bolt"].scores
-    assert moved[chosen[0]] == moved[::2].max() and moved[chosen[2]] == moved[::2].min()
-    assert moved[chosen[3]] == moved[1::2].min()  # a lower score is better on a normal image
-    assert len(pictures.choose(run, "bolt", 50)) == 12
-    assert pictures.choose(base, "bolt", 2) == [0, 2, 1, 3]
+    labels = np.array([1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0])
+    undefined = np.full(12, math.nan)
+
+    def with_scores(results: Results, scores: np.ndarray) -> Results:
+        sample = Sample(
+            paths=[""] * 12,
+            labels=labels,
+            published_scores=scores,
+            single_scores=scores,
+            pixel_ap=undefined,
+            probabilities=None,
+            decisions=None,
+            pixels=None,
+            regions=np.zeros(12),
+            low=0.0,
+            high=1.0,
+        )
+        return replace(results, samples={"bolt": sample})
+
+    before = np.linspace(0.3, 0.7, 12)
+    after = before + np.array([0.3, -0.3, -0.2, 0.2, 0.1, -0.1, 0.0, 0.05, -0.3, 0.3, 0.2, -0.2])
+    base = with_scores(results_at("x/loop_0.pth", 0.5, 0), before)
+    run = with_scores(results_at("x/loop_1.pth", 0.5, 1, base=base), after)
+    assert run.choose("bolt", 3) == [0, 10, 8, 1, 11, 9]  # a lower score is better on a normal image
+    assert len(run.choose("bolt", 50)) == 12
+    assert base.choose("bolt", 2) == [0, 2, 1, 3]
 
 
 def test_side_by_side_with_a_control_and_over_seeds(scripts, run, tmp_path, data_root, capsys, monkeypatch):

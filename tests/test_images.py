@@ -274,6 +274,20 @@ def test_the_cache_gives_the_same_tensors(root, augment, stage):
         assert torch.equal(plain["image"], cached["image"]) and torch.equal(plain["mask"], cached["mask"])
 
 
+@pytest.mark.parametrize("stage", [None, "text", "image"])
+def test_items_leave_the_global_generator_alone(root, stage):
+    data = open_dataset("small", root)
+    dataset = AnomalyDataset(data.folder, data.records, Transform(32, stage))
+    before = torch.random.get_rng_state()
+    assert torch.equal(dataset[4, 7]["image"], dataset[4, 7]["image"])
+    if stage is None:
+        assert torch.equal(dataset[4]["image"], dataset[4, 7]["image"])
+    else:
+        with pytest.raises(ValueError, match=r"expected \(index, seed\), found an index"):
+            dataset[4]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_a_cache_that_does_not_fit_is_left_out(root, monkeypatch, caplog):
     data = open_dataset("small", root)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))

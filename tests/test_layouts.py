@@ -13,8 +13,12 @@ from PIL import Image
 from dataset import check, metadata
 from dataset.commands import run_command
 from dataset.constants import DATA_SETS
+from dataset.demo import build as building
 from dataset.layouts import LAYOUTS
-from dataset.sets import find_dataset, open_dataset, write_metadata
+from dataset.prepare import prepare, write_metadata
+from dataset.records import Record, write_records
+from dataset.sets import find_dataset, open_all, open_dataset, read_place
+from tests.test_data import listing
 
 
 def picture(path: Path, mask: bool = False) -> None:
@@ -189,27 +193,67 @@ def test_every_benchmark_set_has_a_layout_and_counts():
     assert (totals["Brain"], totals["Liver"], totals["Retina"], totals["Colon_Kvasir"]) == (3715, 1493, 1805, 1000)
 
 
-def test_opening_builds_the_list_that_is_missing(tmp_path, monkeypatch, caplog):
+def test_opening_reads_the_official_layout_and_writes_nothing(tmp_path, monkeypatch, command, caplog):
     folder, build = TREES["MVTec"]
     expected = as_lines(build(tmp_path / folder))
-    with caplog.at_level("INFO", "dataset"):
-        data = open_dataset("MVTec", tmp_path)
-    assert len(data.records) == 6 and data.descriptions == {"bottle": "dark bottle", "grid": "metal or plastic mesh"}
-    assert "bottle: 1 normal and 2 anomalous images, published are 20 and 63" in caplog.text
-    assert read_lines(tmp_path / folder / "full-shot.jsonl") == expected
-    caplog.clear()
-    assert open_dataset("mvtec", tmp_path).name == "MVTec"  # as folders are on Windows, in any case
-    assert "bottle: 1 normal and 2 anomalous images, published are 20 and 63" in caplog.text  # each time
-    # Where the data cannot be written to, the list goes to dataset/metadata.
-    (tmp_path / folder / "full-shot.jsonl").unlink()
-    (tmp_path / folder / "full-shot.jsonl.tmp").mkdir()
     monkeypatch.setattr("dataset.sets.METADATA", tmp_path / "metadata")
-    assert open_dataset("MVTec", tmp_path).records == data.records
-    assert read_lines(tmp_path / "metadata" / "MVTec" / "full-shot.jsonl") == expected
-    assert open_dataset(str(tmp_path / folder), "nowhere").records == data.records
+    before = listing(tmp_path)
+    for name, root in (("MVTec", tmp_path), ("mvtec", tmp_path), (str(tmp_path / folder), "nowhere")):
+        caplog.clear()
+        data = open_dataset(name, root)
+        assert data.name == data.source == "MVTec"  # in any case, as folders are on Windows
+        assert [record.image_path for record in data.records] == [line["image_path"] for line in expected]
+        assert data.descriptions == {"bottle": "dark bottle", "grid": "metal or plastic mesh"}
+        assert "bottle: 1 normal and 2 anomalous images, published are 20 and 63" in caplog.text
+    assert open_all(["MVTec"], tmp_path)[0].records == read_place(find_dataset("MVTec", tmp_path)) == data.records
+    assert command(check, "MVTec", "--data_root", tmp_path) == 1
+    assert listing(tmp_path) == before
+
+
+def refuse_writing(monkeypatch, folder: Path) -> None:
+    """Make a folder read-only to lists; file modes do not bind the administrator, whom tests may run as."""
+
+    def write(path: Path, records: list[Record]) -> None:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        write_records(path, records)
+
+    monkeypatch.setattr("dataset.prepare.write_records", write)
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+@pytest.mark.parametrize("is_path", [False, True])
+def test_preparing_writes_the_list_that_is_missing(tmp_path, monkeypatch, caplog, is_read_only, is_path):
+    folder, build = TREES["MVTec"]
+    expected = as_lines(build(tmp_path / folder))
+    monkeypatch.setattr("dataset.sets.METADATA", tmp_path / "metadata")
+    caplog.set_level("INFO", "dataset")
+    path = tmp_path / folder / "full-shot.jsonl"
+    if is_read_only:
+        refuse_writing(monkeypatch, path.parent)
+        path = tmp_path / "metadata" / "MVTec" / "full-shot.jsonl"
+    name, root = (str(tmp_path / folder), "nowhere") if is_path else ("mvtec_ad", tmp_path)
+    read = open_dataset(name, root).records
+    before = listing(tmp_path / folder)
+    prepare(name, root)
+    assert (listing(tmp_path / folder) == before) is is_read_only
+    assert read_lines(path) == expected and open_dataset(name, root).records == read
+    assert f"MVTec: wrote {path}, 6 images of its official layout." in caplog.text
+    assert ("full-shot.jsonl cannot be written (Permission denied)." in caplog.text) is is_read_only
+    before, known = listing(tmp_path), len(caplog.records)
+    prepare(name, root)
+    prepare(str(path), root)
+    assert listing(tmp_path) == before and len(caplog.records) == known
+
+
+def test_an_older_list_that_cannot_be_replaced_is_named(tmp_path, monkeypatch):
+    folder, build = TREES["MVTec"]
+    build(tmp_path / folder)
+    records = open_dataset("MVTec", tmp_path).records
+    refuse_writing(monkeypatch, tmp_path / folder)
     (tmp_path / folder / "full-shot.jsonl").write_text("old", encoding="utf-8")
     with pytest.raises(ValueError, match=r"full-shot.jsonl cannot be replaced"):
-        write_metadata(find_dataset("MVTec", tmp_path), data.records)
+        write_metadata(find_dataset("MVTec", tmp_path), records)
 
 
 def test_a_list_that_names_other_images_is_kept(tmp_path, command, caplog):
@@ -238,9 +282,11 @@ def test_an_incomplete_download_is_named(tmp_path, name, spoil, message):
     folder, build = TREES[name]
     build(tmp_path / folder)
     (tmp_path / folder / spoil).unlink()
-    with pytest.raises(FileNotFoundError, match=message):
-        open_dataset(name, tmp_path)
-    assert not (tmp_path / folder / "full-shot.jsonl").exists()
+    before = listing(tmp_path)
+    for use in (open_dataset, prepare):
+        with pytest.raises(FileNotFoundError, match=message):
+            use(name, tmp_path)
+    assert listing(tmp_path) == before
 
 
 def test_own_folder_of_one_product_and_of_several(tmp_path, caplog):
@@ -253,7 +299,9 @@ def test_own_folder_of_one_product_and_of_several(tmp_path, caplog):
         ("test/bent/b.png", 1, "ground_truth/bent/b.png"),
     ]
     assert data.descriptions == {"metal_bolt": "metal bolt"} and data.domain == "industrial"
-    assert not (one / "full-shot.jsonl").exists()  # the folder is read anew each time, so that images can be added
+    before = listing(one)
+    prepare(str(one), "nowhere")
+    assert listing(one) == before  # the folder is read anew each time, so that images can be added
     assert "metal_bolt: 1 normal images, 1 anomalous ones, 1 masks in its folder." in caplog.text
     several = tmp_path / "parts"
     pictures(several, "nut/good/a.png", "nut/bad/b.JPG", "cap/test/OK/a.png", "cap/test/dent/b.png")
@@ -371,6 +419,17 @@ def test_check_lists_what_an_incomplete_download_lacks(tmp_path, command, capsys
     assert found.count("missing mask: ") == 2
     assert "number of images: MVTec, bottle: 1 normal and 2 anomalous images, published are 20 and 63" in found
     assert not (tmp_path / folder / "full-shot.jsonl").exists()
+
+
+def test_the_metadata_command_renders_demo_sets_and_the_check_does_not(tmp_path, monkeypatch, command, capsys):
+    monkeypatch.setattr(building, "IMAGES_PER_CLASS", 2)
+    assert command(check, "demo_test", "--data_root", tmp_path) == 2 and not list(tmp_path.iterdir())
+    for _ in range(2):  # and once more, where it is there
+        assert command(metadata, "demo_test", "--data_root", tmp_path) == 0
+        assert capsys.readouterr().out == f"demo_test: 24 images in {tmp_path / 'demo_test'}\n"
+    before = listing(tmp_path)
+    assert command(check, "demo_test", "--data_root", tmp_path) == 0
+    assert capsys.readouterr().out == "24 images, all well.\n" and listing(tmp_path) == before
 
 
 def test_a_split_table_of_other_columns_is_named(tmp_path):

@@ -10,12 +10,11 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 
 from forward_utils_cross_attention import Prediction
 from utils.calibration import Calibration
-from utils.metrics import (
+from utils.testing.metrics import (
     METRICS,
     ClassScores,
     ImageHistograms,
     PixelCounts,
-    check_finite,
     curve_metrics,
     find_defects,
     image_pixel_ap,
@@ -156,8 +155,8 @@ def test_published_image_score():
     batch = batch_of([0, 1, 1], torch.tensor([[[[0, 0]]], [[[0, 1]]], [[[1, 0]]]]))
     kept = fill("industrial", maps, scores, batch)
     # Maps scaled by the class's extremes -4 and 4: highest 0.75, 1, 0.875. Scores by 0.4 and 0.6: 0, 1, 0.5.
-    assert kept.image_scores() == pytest.approx([0.375, 1.0, 0.6875])
-    assert fill("medical", maps, scores, batch).image_scores() == pytest.approx([0.75, 1.0, 0.875])
+    assert kept.published_scores() == pytest.approx([0.375, 1.0, 0.6875])
+    assert fill("medical", maps, scores, batch).published_scores() == pytest.approx([0.75, 1.0, 0.875])
     assert metrics(kept)["image_auroc"] == 1.0
 
 
@@ -180,7 +179,7 @@ def random_class(images: int = 40, calibration=None) -> ClassScores:
 def test_image_metrics_agree_with_scikit_learn():
     kept = random_class(calibration=Calibration(4.0, 1.0, -5.0, 0.5, (0, 1), 10, True))
     sample, found = kept.sample(), metrics(kept)
-    for name, scores in (("image", sample.scores), ("single", sample.single)):
+    for name, scores in (("image", sample.published_scores), ("single", sample.single_scores)):
         precision, recall, _ = precision_recall_curve(sample.labels, scores)
         assert found[f"{name}_auroc"] == pytest.approx(roc_auc_score(sample.labels, scores))
         assert found[f"{name}_ap"] == pytest.approx(average_precision_score(sample.labels, scores))
@@ -195,8 +194,10 @@ def test_a_resample_is_a_class_with_images_repeated():
     sample, times = kept.sample(), np.random.default_rng(0).integers(0, 4, 40)
     rows = np.repeat(np.arange(40), times)
     found = sample.metrics(times[None].astype(float))
-    assert found["image_auroc"] == pytest.approx(roc_auc_score(sample.labels[rows], sample.scores[rows]))
-    assert found["image_ap"] == pytest.approx(average_precision_score(sample.labels[rows], sample.scores[rows]))
+    assert found["image_auroc"] == pytest.approx(roc_auc_score(sample.labels[rows], sample.published_scores[rows]))
+    assert found["image_ap"] == pytest.approx(
+        average_precision_score(sample.labels[rows], sample.published_scores[rows])
+    )
     whole = {name: value.item() for name, value in sample.metrics(np.ones((1, 40))).items()}
     exact = kept.metrics(sample)
     for name in ("pixel_auroc", "pixel_ap", "pixel_f1", "pixel_aupro"):
@@ -261,10 +262,3 @@ def test_a_resample_without_one_kind_has_no_average():
     kinds = [{name: np.array(values) for name in METRICS} for values in ([1.0, np.nan], [0.5, 0.5], [np.nan, np.nan])]
     mean = mean_over_classes(kinds)["image_ap"]
     assert mean[0] == 0.75 and math.isnan(mean[1])
-
-
-def test_a_map_that_is_not_finite_names_its_image():
-    maps = torch.zeros(2, 3, 3)
-    maps[1, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"b\.png: the model's map"):
-        check_finite(Prediction(maps, torch.zeros(2), torch.zeros(2)), ["a.png", "b.png"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
     ClassText,
     PromptBank,
@@ -16,7 +17,6 @@ from forward_utils_cross_attention import (
 )
 from model.adapter import Prompts, SimpleAdapter, SimpleProj, TextContext
 from tests.conftest import make_model, move_cross_attention
-from tests.standin import standin_backbone, standin_images, standin_masks
 
 DESCRIPTIONS = {"nut": "metal nut which has four notched edges", "candle": "candle", "tile": "speckled tile surface"}
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
@@ -30,7 +30,7 @@ def batch_of(count: int, size: int) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["demo", "ViT-L-14-336"])
+@pytest.fixture(scope="module", params=["demo", pytest.param("ViT-L-14-336", marks=pytest.mark.vit_l)])
 def pair(request, backbone):
     """A base model and the same one with both cross-attentions at their zero start, and prompts for them."""
     if request.param != "demo":
@@ -38,7 +38,7 @@ def pair(request, backbone):
     base, extended = make_model(backbone), make_model(backbone, **BOTH)
     for name in ("text_adapter", "image_adapter"):
         getattr(extended, name).load_state_dict(getattr(base, name).state_dict())
-    return base, extended, PromptBank(backbone, DESCRIPTIONS)
+    return base, extended, PromptBank(backbone, DESCRIPTIONS, "industrial")
 
 
 CLASSES = ["candle", "nut"]
@@ -80,18 +80,18 @@ def test_zero_start_gives_the_base_models_losses_and_maps(pair):
         text = ClassText(model, bank, fixed=True)
         second = encode(model, images, CLASSES, text)
         losses.append((stage1_loss(*first, scale, batch, "all", 0.1)[0], stage2_loss(*second, scale, batch)[0]))
-        predictions.append(predict(model, images, CLASSES, text, "industrial"))
+        predictions.append(predict(model, images, CLASSES, text))
     for expected, found in zip(*losses, strict=True):
         assert abs(expected.item() - found.item()) <= 1e-5
     spread = predictions[0].maps.max() - predictions[0].maps.min()
     assert (predictions[0].maps - predictions[1].maps).abs().max() <= 1e-4 * spread
-    assert torch.allclose(predictions[0].scores, predictions[1].scores, atol=1e-5)
+    assert torch.allclose(predictions[0].detection_scores, predictions[1].detection_scores, atol=1e-5)
 
 
 def test_a_few_steps_move_both_modules_and_the_output(backbone):
     model = make_model(backbone, **BOTH)
-    bank, images, batch = PromptBank(backbone, DESCRIPTIONS), standin_images(2, 64), batch_of(2, 64)
-    before = predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial")
+    bank, images, batch = PromptBank(backbone, DESCRIPTIONS, "industrial"), standin_images(2, 64), batch_of(2, 64)
+    before = predict(model, images, CLASSES, ClassText(model, bank, fixed=True))
     for stage in ("text", "image"):
         model.set_stage(stage)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -105,15 +105,15 @@ def test_a_few_steps_move_both_modules_and_the_output(backbone):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    after = predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial")
-    assert not torch.equal(before.maps, after.maps) and not torch.equal(before.scores, after.scores)
+    after = predict(model, images, CLASSES, ClassText(model, bank, fixed=True))
+    assert not torch.equal(before.maps, after.maps) and not torch.equal(before.detection_scores, after.detection_scores)
     for module in (model.text_cross_attn, model.image_cross_attn):
         assert module.out_proj.weight.abs().max() > 0
         weight = module.out_proj.weight.detach().clone()
         module.out_proj.weight.data.zero_()
         bias = module.out_proj.bias.detach().clone()
         module.out_proj.bias.data.zero_()
-        without = predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial")
+        without = predict(model, images, CLASSES, ClassText(model, bank, fixed=True))
         assert not torch.equal(without.maps, after.maps)
         module.out_proj.weight.data.copy_(weight)
         module.out_proj.bias.data.copy_(bias)
@@ -123,28 +123,30 @@ def test_a_few_steps_move_both_modules_and_the_output(backbone):
 def test_images_of_a_batch_do_not_meet(backbone, context):
     model = make_model(backbone, image_context=context, **BOTH)
     move_cross_attention(model)
-    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS), fixed=True)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
     images = standin_images(8, 64)
     names = [list(DESCRIPTIONS)[i % 3] for i in range(8)]
     with torch.no_grad():
         anchors = encode(model, images, names, text)[1]
-    together = predict(model, images, names, text, "industrial")
+    together = predict(model, images, names, text)
     assert (anchors[0] - anchors[3]).abs().max() > 1e-3  # one class, two images: the anchors see the image
     for i in range(8):
         one = slice(i, i + 1)
         with torch.no_grad():
             alone_anchors = encode(model, images[one], names[one], text)[1]
-        alone = predict(model, images[one], names[one], text, "industrial")
+        alone = predict(model, images[one], names[one], text)
         spread = alone.maps.max() - alone.maps.min()
         assert (anchors[one] - alone_anchors).abs().max() <= 1e-6
         assert (together.maps[one] - alone.maps).abs().max() <= 1e-4 * spread
-        assert (together.scores[one] - alone.scores).abs().max() <= 1e-4 * together.scores.std()
+        assert (
+            together.detection_scores[one] - alone.detection_scores
+        ).abs().max() <= 1e-4 * together.detection_scores.std()
 
 
 def test_padding_is_not_attended_to(backbone):
     model = make_model(backbone, **BOTH)
     move_cross_attention(model)
-    bank = PromptBank(backbone, DESCRIPTIONS)
+    bank = PromptBank(backbone, DESCRIPTIONS, "industrial")
     prompts = bank.select(bank.prompts, bank.numbers(["candle"]))
     padded = Prompts(torch.nn.functional.pad(prompts.tokens, (0, 0, 0, 9), value=7.0), prompts.eot)
     images = standin_images(1, 64)
@@ -158,7 +160,7 @@ def test_padding_is_not_attended_to(backbone):
 
 def test_a_missing_context_is_an_error(backbone):
     model = make_model(backbone, **BOTH)
-    bank = PromptBank(backbone, DESCRIPTIONS)
+    bank = PromptBank(backbone, DESCRIPTIONS, "industrial")
     with pytest.raises(ValueError, match="needs a text context"):
         model.visual(standin_images(1, 64))
     with pytest.raises(ValueError, match="needs an image context"):
@@ -172,7 +174,7 @@ def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
     model = make_model(backbone, **BOTH)
     move_cross_attention(model)
     model.set_stage(stage)
-    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS), fixed=stage == "image")
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=stage == "image")
     images, batch = standin_images(2, 64), batch_of(2, 64)
     if stage == "text":
         encoded = encode_stage1(model, images, CLASSES, text, "adapted", backbone.default_vv_start, True)
@@ -191,7 +193,7 @@ def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
 def test_projectors_see_the_plain_clip(backbone):
     model = make_model(backbone, **BOTH)
     move_cross_attention(model)
-    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS), fixed=False)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=False)
     images = standin_images(2, 64)
     patches, _ = encode_stage1(model, images, CLASSES, text, "projectors", backbone.default_vv_start, True)
     for found, expected in zip(patches, model.project_levels(backbone.plain_tokens(images)), strict=True):
@@ -201,12 +203,11 @@ def test_projectors_see_the_plain_clip(backbone):
 def test_bf16_is_close_and_trains(backbone):
     model = make_model(backbone, **BOTH)
     move_cross_attention(model)
-    bank, images, batch = PromptBank(backbone, DESCRIPTIONS), standin_images(2, 64), batch_of(2, 64)
+    bank, images, batch = PromptBank(backbone, DESCRIPTIONS, "industrial"), standin_images(2, 64), batch_of(2, 64)
     full, half = (
-        predict(model, images, CLASSES, ClassText(model, bank, fixed=True), "industrial", precision)
-        for precision in ("fp32", "bf16")
+        predict(model, images, CLASSES, ClassText(model, bank, fixed=True), precision) for precision in ("fp32", "bf16")
     )
-    assert half.maps.dtype == half.scores.dtype == torch.float32
+    assert half.maps.dtype == half.detection_scores.dtype == torch.float32
     assert not torch.equal(full.maps, half.maps)
     assert (full.maps - half.maps).abs().max() <= 0.1 * (full.maps.max() - full.maps.min())
     model.set_stage("text")
@@ -220,6 +221,7 @@ def test_bf16_is_close_and_trains(backbone):
     assert all(gradients[f"text_adapter.{k}.fc.0.weight"].any() for k in range(4))
 
 
+@pytest.mark.vit_l
 def test_shapes_of_the_vit_l_modules():
     backbone = standin_backbone("ViT-L-14-336", 56)
     model = make_model(backbone, image_adapt_until=6, **BOTH)

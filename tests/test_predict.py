@@ -68,12 +68,12 @@ def test_three_lines_of_python_say_the_same(scripts, run, images, tmp_path):
     detector = Detector.load(ckpt, class_name="candle", device="cpu")
     for image in (images / "a.png", str(images / "a.png"), read_image(images / "a.png")):
         verdict = detector(image)
-        assert verdict.score == pytest.approx(float(row["single_score"]), abs=1e-6)
+        assert verdict.single_score == pytest.approx(float(row["single_score"]), abs=1e-6)
         assert verdict.probability == pytest.approx(float(row["probability"]), abs=1e-6)
         assert verdict.anomalous == (row["decision"] == "anomalous")
         assert np.allclose(verdict.map, np.load(out / row["map"]), atol=1e-4)
     with Image.open(images / "a.png") as opened:
-        assert detector(opened).score == detector(images / "a.png").score
+        assert detector(opened).single_score == detector(images / "a.png").single_score
     with pytest.raises(ValueError, match="Name one of its files"):
         Detector.load(run, device="cpu")
     with pytest.raises(ValueError, match="expected industrial or medical"):

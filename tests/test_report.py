@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.standin import standin_images
 from forward_utils_cross_attention import PromptBank
 from tests.conftest import Scripts, make_model, move_cross_attention
-from tests.standin import standin_images
-from utils.pictures import attention_weights
-from utils.plots import draw_training
+from utils.report.curves import draw_training
+from utils.report.pictures import attention_weights
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Clicks on heads of the table by class, and says in the title what order that gave.
@@ -108,7 +108,7 @@ def test_one_image_and_the_list_of_images(scripts, run, capsys):
 def test_attention_sums_to_one_and_leaves_out_padding(backbone):
     model = make_model(backbone, text_cross_attn=True, image_cross_attn=True)
     move_cross_attention(model)
-    bank = PromptBank(backbone, {"nut": "nut"})
+    bank = PromptBank(backbone, {"nut": "nut"}, "industrial")
     weights = attention_weights(model, standin_images(1, backbone.img_size), "nut", bank)
     for rows in weights.values():
         assert np.allclose(rows.sum(dim=1), 1, atol=1e-5) and (rows >= 0).all()

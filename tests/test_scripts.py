@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,12 @@ from forward_utils_cross_attention import ClassText, PromptBank, check_grid, pre
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
 from tests.conftest import EPOCHS, SMALL, assert_same_tensors, write_small_dataset
-from utils import plots
-from utils.checkpoints import build_model, load_checkpoint
-from utils.metrics import METRICS
+from utils.checkpoints import load_checkpoint
+from utils.models import build_model
+from utils.report import plots
+from utils.testing import measure
+from utils.testing.measure import scores_by_class
+from utils.testing.metrics import METRICS, find_defects
 
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2"]
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -169,14 +173,14 @@ def test_what_runs_in_training_runs_at_test(run, data_root):
     checkpoint = load_checkpoint(run / "loop_2.pth")
     backbone = load_backbone("demo")
     data = open_dataset("small", data_root)
-    bank = PromptBank(backbone, data.descriptions)
+    bank = PromptBank(backbone, data.descriptions, data.domain)
     item = AnomalyDataset(data.folder, data.records, Transform(64))[0]
 
     def maps(**changes) -> torch.Tensor:
         config = ModelConfig(**checkpoint.model | {f"{k}_weight": v for k, v in changes.items()})
         model = build_model(config, backbone, checkpoint, torch.device("cpu"))
         text = ClassText(model, bank, fixed=True)
-        return predict(model, item["image"][None], [item["class_name"]], text, "industrial").maps
+        return predict(model, item["image"][None], [item["class_name"]], text).maps
 
     whole = maps()
     assert not torch.equal(whole, maps(text_cross_attn=0.0))
@@ -288,6 +292,50 @@ def test_every_loop_is_tested_on_eval_datasets_and_training_does_not_notice(scri
     assert scripts(*command, data_root=other_root) == 0
     for before, after in zip(tested, read_csv(other_root / "x" / "loop_2_other.csv"), strict=True):
         assert [before[name] for name in METRICS] == [after[name] for name in METRICS]
+
+
+def test_the_base_is_tested_once_and_a_signal_is_obeyed_after_the_batch(
+    scripts, base, other_root, data_root, monkeypatch, capsys
+):
+    shutil.copytree(data_root / "small", other_root / "small")
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", other_root / "x"]
+    command += ["--eval_dataset", "other"]
+    tested, defects = [], []
+
+    def noting_scores(bench, contenders, after_batch):
+        tested.append([contender.name for contender in contenders])
+        return scores_by_class(bench, contenders, after_batch)
+
+    def interrupting(mask):
+        if not defects:
+            signal.raise_signal(signal.SIGINT)
+        defects.append(mask)
+        return find_defects(mask)
+
+    monkeypatch.setattr(measure, "scores_by_class", noting_scores)
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "find_defects", interrupting)
+        assert scripts(*command, data_root=other_root) == 1
+    assert "Stopped by SIGINT. The same command goes on from here." in capsys.readouterr().err
+    assert len(defects) == 8 and not (other_root / "x" / "loop_1_other.csv").exists()  # one batch
+    assert scripts(*command, data_root=other_root) == 0
+    assert tested == [["x/loop_0 (base)", "x/loop_1"], ["x/loop_0 (base)", "x/loop_1"], ["x/loop_2"]]
+    rows = [read_csv(other_root / "x" / f"loop_{loop}_other.csv")[-1] for loop in (0, 2)]
+    assert rows[1]["pixel_ap_base"] == rows[0]["pixel_ap"]
+
+
+def test_a_part_of_a_data_set_has_files_of_its_own(scripts, run, data_root, tmp_path, capsys):
+    folder = shutil.copytree(data_root / "small", tmp_path / "small")
+    lines = (folder / "full-shot.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "part.jsonl").write_text("\n".join(lines[::2]), encoding="utf-8")
+    copy = shutil.copytree(run, tmp_path / "x")
+    for given in ("small", folder / "part.jsonl"):
+        command = ["test", "--ckpt", copy / "loop_1.pth", "--dataset", given, "--device", "cpu", "--resamples", 20]
+        assert scripts(*command, data_root=tmp_path) == 0
+        assert "NOT ZERO-SHOT: trained on small" in capsys.readouterr().err
+    images = [len(read_csv(copy / f"loop_1_{name}_images.csv")) for name in ("small", "small_part")]
+    assert images == [20, 10]
+    assert (copy / "comparison_small.json").exists() and (copy / "comparison_small_part.json").exists()
 
 
 def test_an_unknown_eval_dataset_ends_with_2_before_training(scripts, base, tmp_path, capsys):

@@ -19,8 +19,11 @@ from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
 from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors, write_small_dataset
 from utils import checkpoints
-from utils.engine import Trainer, load_training_data
-from utils.plan import Run, Settings, learning_rate_factor, plan_stages, vv_start
+from utils.training.data import load_training_data
+from utils.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
+from utils.training.plan import Plan, plan_stages, vv_start
+from utils.training.settings import Settings
+from utils.training.trainer import Trainer
 
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS]
@@ -28,26 +31,29 @@ HELD_OUT = ["train_cross_attention", *EXTEND, "--loops", "2", "--val_fraction", 
 
 
 def settings(**changes) -> Settings:
-    values = {
-        "dataset": "small", "domain": None, "class_name": None, "shot": None, "val_fraction": 0.0,
-        "augment": "published", "seed": 3,
-        "text_epoch": [1], "image_epoch": [1], "text_batch_size": 4, "image_batch_size": 2,
-        "text_lr": 1e-3, "image_lr": 5e-4, "text_cross_attn_lr": None, "image_cross_attn_lr": None,
-        "lr_decay": 0.5, "lr_schedule": "steps", "warmup_steps": 0,
-        "text_norm_weight": 0.1, "stage1_levels": "all", "feedback": "adapted",
-        "vv_attention": "batch", "surgery_until_layer": None, "optimizer_state": "reset", "precision": "fp32",
-    }  # fmt: skip
-    return Settings(**values | changes)
+    small = {
+        "dataset": "small",
+        "seed": 3,
+        "text_epoch": [1],
+        "image_epoch": [1],
+        "text_batch_size": 4,
+        "text_lr": 1e-3,
+    }
+    return Settings(**small | changes)
 
 
-def make_trainer(
-    backbone, data_root, folder, loops=1, config=BOTH, on_stage_end=lambda trainer, stage: None, kind=Trainer, **changes
-):
+def make_trainer(backbone, data_root, folder, loops=1, config=BOTH, kind=Trainer, **changes):
     chosen = settings(**changes)
     model = make_model(backbone, seed=chosen.seed, **config)
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(model.config, chosen, plan_stages(chosen, range(1, loops + 1)), folder, [])
-    return kind(model, load_training_data(chosen, data_root, 64), run, on_stage_end)
+    plan = Plan(model.config, chosen, plan_stages(chosen, range(1, loops + 1)), folder, [])
+    return kind(model, load_training_data(chosen, data_root, 64), plan)
+
+
+def train(trainer: Trainer) -> list:
+    """Train to the end; the stages."""
+    with trainer.session():
+        return list(trainer.stages())
 
 
 def hashes(model) -> dict[str, str]:
@@ -70,7 +76,7 @@ class Watched(Trainer):
     def losses(self, stage, batch, text):
         if stage.name == "text" and self.position.step == 0:
             arguments = (self.model, batch["image"], batch["class_name"], text)
-            frozen = encode_stage1(*arguments, "off", self.vv_start, True)[0]
+            frozen = encode_stage1(*arguments, "frozen", self.vv_start, True)[0]
             self.choices = {**getattr(self, "choices", {}), stage.loop: (frozen, encode(*arguments)[0].patches)}
         return super().losses(stage, batch, text)
 
@@ -82,10 +88,10 @@ def test_carry_over(backbone, data_root, tmp_path, monkeypatch):
         looked_at.append(patches)
         return stage1_loss(patches, *arguments)
 
-    monkeypatch.setattr("utils.engine.stage1_loss", watched_loss)
+    monkeypatch.setattr("utils.training.trainer.stage1_loss", watched_loss)
     trainer = make_trainer(backbone, data_root, tmp_path, loops=3, kind=Watched)
     last = hashes(trainer.model)
-    trainer.run()
+    train(trainer)
     assert [entry[:2] for entry in trainer.seen] == [(k, s) for k in (1, 2, 3) for s in ("text", "image")]
     for _, stage, before, after in trainer.seen:
         assert before == last  # starts from the exact weights that the one before ended with
@@ -107,8 +113,8 @@ def test_plan_of_epochs_rates_and_features():
     assert [stage.epochs for stage in plan] == [5, 20, 3, 20, 2, 20, 2, 20]
     assert [stage.lr for stage in plan[::2]] == [1e-5, 5e-6, 2.5e-6, 1.25e-6]
     assert [stage.cross_attn_lr for stage in plan[1::2]] == [1e-4, 5e-5, 2.5e-5, 1.25e-5]
-    assert [stage.source for stage in plan[::2]] == ["off", "adapted", "adapted", "adapted"]
-    assert {stage.source for stage in plan_stages(settings(feedback="off"), range(1, 4))[::2]} == {"off"}
+    assert [stage.features for stage in plan[::2]] == ["frozen", "adapted", "adapted", "adapted"]
+    assert {stage.features for stage in plan_stages(settings(feedback="off"), range(1, 4))[::2]} == {"frozen"}
 
 
 def test_learning_rate_is_halved_at_the_milestones(backbone, data_root, tmp_path):
@@ -119,9 +125,8 @@ def test_learning_rate_is_halved_at_the_milestones(backbone, data_root, tmp_path
         (trainer.plan.stages[1], 32000, (1.25e-4, 2.5e-5)),
         (trainer.plan.stages[0], 32000, (1e-3, 1e-3)),
     ]:
-        trainer.model.set_stage(stage.name)
-        optimizer = trainer._make_optimizer(stage, begun=False)
-        trainer._set_learning_rates(optimizer, stage, step)
+        optimizer = make_optimizer(trainer.model.trainable(stage.name), stage)
+        set_learning_rates(optimizer, stage, trainer.settings, step, 50_000)
         assert tuple(group["lr"] for group in optimizer.param_groups) == expected
         assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
 
@@ -138,11 +143,10 @@ def test_learning_rates_warm_up_and_follow_a_cosine():
 def test_the_cosine_ends_with_the_stage(backbone, data_root, tmp_path):
     trainer = make_trainer(backbone, data_root, tmp_path, lr_schedule="cosine", image_epoch=[2])
     stage = trainer.plan.stages[1]
-    trainer.model.set_stage(stage.name)
-    optimizer = trainer._make_optimizer(stage, begun=False)
+    optimizer = make_optimizer(trainer.model.trainable(stage.name), stage)
     steps = 2 * math.ceil(len(trainer.data.train) / stage.batch_size)
-    assert trainer._set_learning_rates(optimizer, stage, 0)["lr"] == stage.lr
-    assert trainer._set_learning_rates(optimizer, stage, steps)["lr"] == 0
+    assert set_learning_rates(optimizer, stage, trainer.settings, 0, steps)["lr"] == stage.lr
+    assert set_learning_rates(optimizer, stage, trainer.settings, steps, steps)["lr"] == 0
 
 
 def test_plain_aa_clip_inside(scripts, backbone, tmp_path):
@@ -168,15 +172,11 @@ def test_optimiser_state_resets_or_carries(backbone, data_root, tmp_path):
     moments = {}
     for choice in ("reset", "carry"):
         trainer = make_trainer(backbone, data_root, tmp_path / choice, loops=2, optimizer_state=choice)
-        steps = []
-
-        def note(trainer, stage, steps=steps):
-            state = trainer.optimizer_states[stage.name]["state"]
-            steps.append((stage.name, int(state[0]["step"])))
-
-        trainer.on_stage_end = note
-        trainer.run()
-        moments[choice] = steps
+        with trainer.session():
+            moments[choice] = [
+                (stage.name, int(trainer.optimizer_states[stage.name]["state"][0]["step"]))
+                for stage in trainer.stages()
+            ]
     per_loop = {"text": 5, "image": 10}  # 20 images, batches of 4 and of 2
     assert moments["reset"] == [("text", 5), ("image", 10)] * 2
     assert moments["carry"] == [(n, k * per_loop[n]) for k in (1, 2) for n in ("text", "image")]
@@ -194,7 +194,7 @@ def test_v_v_attention_follows_its_flags(backbone, data_root, tmp_path, monkeypa
 
     original = backbone.vv_tokens
     monkeypatch.setattr(backbone, "vv_tokens", watched)
-    make_trainer(backbone, data_root, tmp_path, vv_attention="image", surgery_until_layer=4).run()
+    train(make_trainer(backbone, data_root, tmp_path, vv_attention="image", surgery_until_layer=4))
     assert set(calls) == {(9, False)}
 
 
@@ -399,7 +399,7 @@ def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
 
 def test_maskless_images_skip_the_segmentation_loss(backbone, data_root):
     model = make_model(backbone)
-    bank = PromptBank(backbone, {"candle": "candle"})
+    bank = PromptBank(backbone, {"candle": "candle"}, "industrial")
     records = load_training_data(settings(), data_root, 64).train[:4]
     dataset = AnomalyDataset(data_root / "small", records, Transform(64))
     batch = next(iter(make_loader(dataset, 4, 0)))

@@ -1,1 +1,1 @@
-"""What the scripts share: arguments, training, checkpoints, logs and metrics."""
+"""What the scripts share, and three wings that build on it: training, testing and report."""

@@ -31,9 +31,9 @@ class Calibration:
     images: int
     held_out: bool
 
-    def probabilities(self, scores: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    def probabilities(self, detection_scores: np.ndarray, highest: np.ndarray) -> np.ndarray:
         """Detection scores and highest map values [n] -> probabilities [n]."""
-        logits = self.intercept + self.detection_weight * scores + self.map_weight * highest
+        logits = self.intercept + self.detection_weight * detection_scores + self.map_weight * highest
         return 0.5 * (1 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
 
     def decisions(self, probabilities: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ class Calibration:
 
 
 def fit(
-    scores: Sequence[float],
+    detection_scores: Sequence[float],
     highest: Sequence[float],
     labels: Sequence[int],
     map_range: tuple[float, float],
@@ -53,12 +53,12 @@ def fit(
     Both kinds weigh the same, whatever their numbers. The threshold has the highest F1 on these images; it lies halfway
     to the next lower probability, at 0 where there is none.
     """
-    labels = np.asarray(labels)
-    if len(set(labels.tolist())) < 2:
+    kinds = np.asarray(labels)
+    if len(set(kinds.tolist())) < 2:
         return None
-    features = np.stack([scores, highest], axis=1).astype(float)
+    features = np.stack([detection_scores, highest], axis=1).astype(float)
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    model.fit(features, labels)
+    model.fit(features, kinds)
     scaler, regression = model[0], model[-1]
     weights = regression.coef_[0] / scaler.scale_
     fitted = Calibration(
@@ -67,10 +67,10 @@ def fit(
         intercept=float(regression.intercept_[0] - weights @ scaler.mean_),
         threshold=0.5,
         map_range=map_range,
-        images=len(labels),
+        images=len(kinds),
         held_out=held_out,
     )
-    return replace(fitted, threshold=_best_threshold(labels, fitted.probabilities(features[:, 0], features[:, 1])))
+    return replace(fitted, threshold=_best_threshold(kinds, fitted.probabilities(features[:, 0], features[:, 1])))
 
 
 def _best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:

@@ -4,8 +4,6 @@ A loop file holds the four modules (state dicts, None where switched off), `loop
 `base`, `metrics`, `calibration` (of `utils.calibration`, None where it could not be fitted) and `environment`.
 """
 
-import hashlib
-import os
 import platform
 import re
 import subprocess
@@ -15,12 +13,12 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.adapter_cross_attention import MODULES, CrossAttentionCLIP, ModelConfig
-from model.backbone import REPOSITORY, Backbone, check_state
+from model.adapter_cross_attention import MODULES, CrossAttentionCLIP
+from model.backbone import REPOSITORY, Backbone
 from utils.calibration import Calibration
-from utils.plan import ADDED_SETTINGS, Run
+from utils.files import file_sha256, replacing
 
 TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
 
@@ -39,19 +37,41 @@ class Checkpoint:
     calibration: Calibration | None = None
     is_loop_file: bool = False
 
+    @property
+    def is_base(self) -> bool:
+        """Whether this is a base, in its own folder or as a loop_0.pth."""
+        return self.loop == 0
+
+    @property
+    def folder(self) -> Path:
+        """Where files about this model go: the folder of its run, or of the base."""
+        return self.path.parent if self.is_loop_file else self.path
+
+    @property
+    def stem(self) -> Path:
+        """Where the names of its own files begin: <run>/loop_<k>, or <folder of the base>/base."""
+        return self.path.with_suffix("") if self.is_loop_file else self.path / "base"
+
+    @property
+    def own_training(self) -> dict | None:
+        """Settings that this model itself was trained with, a base's before any loop; None where they are not known."""
+        return self.base.get("training") if self.is_base else self.training
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of its own training; None where it is not known."""
+        return (self.own_training or {}).get("seed")
+
     def seen(self) -> list[str]:
         """Data sets that the model was trained on, base and loops; "unknown" among them where the base is silent."""
-        return sorted({*self.base["datasets"], *([self.training["dataset"]] if self.loop else [])})
+        own = [] if self.is_base or self.training is None else [self.training["dataset"]]
+        return sorted({*self.base["datasets"], *own})
 
 
 def save(content: dict, path: Path) -> None:
     """Write `content` so that a crash leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read(path: Path) -> dict:
@@ -66,15 +86,6 @@ def read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
     return content
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -96,10 +107,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: 'config' is missing, so this file was not written by this program. Files of other attempts "
             "at cross-attention hold other arithmetic and cannot be used; train from their base model instead."
         )
-    _expect(content, path, config=dict, loop=int, base=dict, environment=dict)
+    expect(content, path, config=dict, loop=int, base=dict, environment=dict)
     config = content["config"]
-    _expect(config, path, model=dict, training=dict)
-    _expect(content["base"], path, sha256=dict, datasets=list)
+    expect(config, path, model=dict, training=dict)
+    expect(content["base"], path, sha256=dict, datasets=list)
     modules = {name: content[name] for name in MODULES}
     for name, state in modules.items():
         if state is not None or name.endswith("adapter"):
@@ -115,14 +126,14 @@ def _calibration(content: dict, path: Path) -> Calibration | None:
     found = content.get("calibration")
     if found is None:
         return None
-    _expect(content, path, calibration=dict)
-    names = [each.name for each in fields(Calibration)]
+    expect(content, path, calibration=dict)
+    names = [field.name for field in fields(Calibration)]
     if sorted(found) != sorted(names):
         raise ValueError(f"{path}: 'calibration' holds {', '.join(found)}; expected {', '.join(names)}.")
     return Calibration(**found)
 
 
-def _expect(content: dict, path: Path, **kinds: type) -> None:
+def expect(content: dict, path: Path, **kinds: type) -> None:
     """Raise ValueError for the first key that is missing or of another kind."""
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
@@ -148,7 +159,7 @@ def _load_base(folder: Path) -> Checkpoint:
             )
     text, image = read(text_path), read(image_path)
     for content, name, path in ((text, "text_adapter", text_path), (image, "image_adapter", image_path)):
-        _expect(content, path, epoch=int)
+        expect(content, path, epoch=int)
         _expect_tensors(content.get(name), name, path)
         if content["epoch"] < 1:
             raise ValueError(
@@ -171,6 +182,35 @@ def _load_base(folder: Path) -> Checkpoint:
     return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256, fitted)
 
 
+def checkpoints_of(path: Path) -> list[Checkpoint]:
+    """The checkpoints that an argument of --ckpt names: one, or all loops of a run folder."""
+    if path.is_dir() and not (path / TEXT_FILE).is_file() and loop_files(path):
+        return [load_checkpoint(file) for file in loop_files(path)]
+    return [load_checkpoint(path)]
+
+
+def checkpoint_names(checkpoints: list[Checkpoint]) -> list[str]:
+    """A name for each checkpoint: the end of its path, as long as it takes to tell it from the others."""
+
+    def end(checkpoint: Checkpoint, more: int) -> str:
+        path = checkpoint.path.resolve()
+        parts = (path.with_suffix("") if checkpoint.is_loop_file else path).parts
+        return "/".join(parts[-(more + (2 if checkpoint.is_loop_file else 1)) :])
+
+    more = [0] * len(checkpoints)
+    while True:
+        names = [end(checkpoint, extra) for checkpoint, extra in zip(checkpoints, more, strict=True)]
+        twice = [row for row, name in enumerate(names) if names.count(name) > 1]
+        if not twice:
+            break
+        for row in twice:
+            more[row] += 1
+    return [
+        f"{name} (base)" if checkpoint.loop == 0 and "base" not in name else name
+        for checkpoint, name in zip(checkpoints, names, strict=True)
+    ]
+
+
 def loop_files(folder: Path) -> list[Path]:
     """loop_0.pth, loop_1.pth, ... of a run folder, in order."""
     return _numbered(folder, "loop")
@@ -178,8 +218,8 @@ def loop_files(folder: Path) -> list[Path]:
 
 def _numbered(folder: Path, name: str) -> list[Path]:
     """<name>_<number>.pth of a folder, by their numbers."""
-    found = {path: re.fullmatch(rf"{name}_(\d+)", path.stem) for path in folder.glob(f"{name}_*.pth")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+    found = [(path, re.fullmatch(rf"{name}_(\d+)", path.stem)) for path in folder.glob(f"{name}_*.pth")]
+    return [path for _, path in sorted((int(match[1]), path) for path, match in found if match)]
 
 
 def adapter_kind(checkpoint: Checkpoint) -> dict:
@@ -187,13 +227,13 @@ def adapter_kind(checkpoint: Checkpoint) -> dict:
 
     Raises ValueError for adapters of another kind.
     """
-    text, image = checkpoint.modules["text_adapter"], checkpoint.modules["image_adapter"]
+    text, image = checkpoint.modules["text_adapter"] or {}, checkpoint.modules["image_adapter"] or {}
     patterns = {
         "text_adapter": r"\d+\.fc\.[02]\.weight",
         "image_adapter": r"layer_adapters\.\d+\.fc\.[02]\.weight|(seg_proj\.\d+|det_proj)\.fc\.(0\.)?weight",
     }
     for name, pattern in patterns.items():
-        for key in checkpoint.modules[name]:
+        for key in checkpoint.modules[name] or {}:
             if not re.fullmatch(pattern, key):
                 raise ValueError(
                     f"{checkpoint.path}: '{name}' holds '{key}', an adapter of an unknown kind. Known are AA-CLIP's "
@@ -210,101 +250,6 @@ def adapter_kind(checkpoint: Checkpoint) -> dict:
         "text_adapt_until": len(numbers) - 1,
         "image_adapt_until": len(layers),
     }
-
-
-def load_modules(model: CrossAttentionCLIP, checkpoint: Checkpoint) -> None:
-    """Load what the checkpoint has into `model`; a module that it lacks stays as it is.
-
-    Raises ValueError that names a key which is missing, unknown or of another shape.
-    """
-    for name, state in checkpoint.modules.items():
-        module: nn.Module | None = getattr(model, name)
-        if state is None:
-            continue
-        if module is None:
-            raise ValueError(f"{checkpoint.path}: holds '{name}', which is switched off.")
-        check_state(module.state_dict(), state, f"{checkpoint.path}: '{name}'")
-        module.load_state_dict(state)
-
-
-def build_model(
-    config: ModelConfig, backbone: Backbone, checkpoint: Checkpoint | None, device: torch.device, seed: int = 0
-) -> CrossAttentionCLIP:
-    """The model of `config` on `device`; what the checkpoint does not hold starts from `seed`."""
-    torch.manual_seed(seed)
-    model = CrossAttentionCLIP(backbone, config)
-    if checkpoint is not None:
-        check_clip(checkpoint.clip_sha256, backbone, f"{checkpoint.path}: trained on other CLIP weights, SHA-256")
-        load_modules(model, checkpoint)
-    return model.to(device)
-
-
-def check_clip(recorded: str | None, backbone: Backbone, what: str) -> None:
-    """Raise ValueError, beginning with `what`, where CLIP weights are not the recorded ones (None: not known)."""
-    if recorded is not None and recorded != backbone.sha256:
-        raise ValueError(
-            f"{what} {recorded[:16]}..., found {backbone.sha256[:16]}... for {backbone.model_name}. "
-            "Give the right file with --clip_weights FILE."
-        )
-
-
-def check_data(state: dict, found: dict, folder: Path) -> None:
-    """Raise ValueError where the images of a run that goes on are not those it began with."""
-    recorded = state.get("data", found)  # older runs do not tell
-    if recorded != found:
-        raise ValueError(
-            f"{folder}: this run began with {recorded['images']} images to train on and {recorded['held_out']} held "
-            f"out; now there are {found['images']} and {found['held_out']}, or others of the same number (where images "
-            "were added, --shot draws others). Bring back the folder as it was to go on, or choose another --save_path."
-        )
-
-
-def _origin(header: dict) -> tuple:
-    """Hashes of the files that a run starts from."""
-    base = header.get("base", {})
-    return base.get("sha256"), base.get("continued_from", {}).get("sha256")
-
-
-def open_run(run: Run) -> dict | None:
-    """The state of a run that has begun, or None for a new one. Writes nothing.
-
-    Raises ValueError where the folder holds anything else, or a run of another base, other arguments or more loops.
-    """
-    folder, header = run.folder, run.header
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    loops = loop_files(folder)
-    rescue = f", or go on from {loops[-1]} with --resume and a new --save_path" if loops else ""
-    if not (folder / STATE_FILE).is_file():
-        raise ValueError(
-            f"{folder} exists and has no {STATE_FILE}, so no run goes on there. Choose another --save_path{rescue}."
-        )
-    try:
-        state = read(folder / STATE_FILE)
-        _expect(state, folder / STATE_FILE, config=dict, base=dict, position=tuple)
-    except ValueError as error:
-        raise ValueError(f"{error} Choose another --save_path{rescue}.") from error
-    if _origin(state) != _origin(header):
-        raise ValueError(
-            f"{folder} holds a run that started from another base, {state['base']}. Choose another --save_path."
-        )
-    differences = [
-        f"  {name}: {old.get(name)} before, {new.get(name)} now"
-        for part, added in (("model", {}), ("training", ADDED_SETTINGS))
-        for old, new in [(added | state["config"][part], header["config"][part])]
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{folder} holds a run with other arguments:\n"
-            + "\n".join(differences)
-            + "\nRepeat the earlier ones to go on, or choose another --save_path."
-        )
-    finished = state["position"][0] - 1
-    if run.last_loop < finished:
-        raise ValueError(f"--loops {run.last_loop}: the run in {folder} already has {finished} loops.")
-    return state
 
 
 def states(model: CrossAttentionCLIP) -> dict[str, dict[str, Tensor] | None]:

@@ -1,5 +1,6 @@
 """How a script ends: 0 when all went well, 2 for an error before training, 1 for one during it."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from dataset.loading import loader_message
-from utils.engine import TrainingError, TrainingStoppedError
+from utils.errors import TrainingError, TrainingStoppedError
 from utils.logs import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     """
     setup_logging()
     # A table that is redirected to a file on Windows may hold names that its encoding lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except TrainingStoppedError as error:

@@ -37,7 +37,7 @@ class Caption:
             name = f"{COLOURS[self.colour]} {name}"
         if self.says >= NAMED:
             kind = KINDS[self.says - NAMED]
-            states = (f"a {{}} with {kind}", f"a {{}} with a {kind}")
+            states: tuple[str, ...] = (f"a {{}} with {kind}", f"a {{}} with a {kind}")
         else:
             states = (NORMAL_STATES, INTACT_STATES, ABNORMAL_STATES)[self.says]
         return str(rng.choice(TEMPLATES)).format(str(rng.choice(states)).format(name))

@@ -7,6 +7,7 @@ import math
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 PALETTE = {
     "red": (200, 45, 45),
@@ -51,18 +52,18 @@ class Sheet:
         """Points [N, 2] in units -> fixed-point pixels of OpenCV."""
         return fixed_point(points @ self.linear.T + self.offset)
 
-    def fill(self, points: np.ndarray, colour: tuple[float, ...], body: bool = False) -> None:
+    def fill(self, points: ArrayLike, colour: tuple[float, ...], body: bool = False) -> None:
         """A filled polygon; with `body` it is part of the product's outline."""
         corners = [self.pixels(np.asarray(points))]
         cv2.fillPoly(self.albedo, corners, colour, cv2.LINE_AA, SUBPIXEL_BITS)
         if body:
             cv2.fillPoly(self.alpha, corners, 255, cv2.LINE_AA, SUBPIXEL_BITS)
 
-    def cut(self, points: np.ndarray) -> None:
+    def cut(self, points: ArrayLike) -> None:
         """A polygon that is no part of the product: what lies behind shows."""
         cv2.fillPoly(self.alpha, [self.pixels(np.asarray(points))], 0, cv2.LINE_AA, SUBPIXEL_BITS)
 
-    def line(self, points: np.ndarray, width: float, colour: tuple[float, ...], body: bool = False) -> None:
+    def line(self, points: ArrayLike, width: float, colour: tuple[float, ...], body: bool = False) -> None:
         """An open polyline of `width` units."""
         corners, thickness = [self.pixels(np.asarray(points))], max(1, round(width * self.scale))
         cv2.polylines(self.albedo, corners, False, colour, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
@@ -120,14 +121,14 @@ def noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def blend(image: np.ndarray, colour: np.ndarray, weight: np.ndarray) -> None:
-    """Move `image` [S, S, 3] towards `colour`, by `weight` [S, S] in 0..1, in place."""
+def blend(image: np.ndarray, colour: np.ndarray | np.float32, weight: np.ndarray) -> None:
+    """Move `image` [S, S, 3] towards `colour` (grey, a colour or an image), by `weight` [S, S] in 0..1, in place."""
     image += (colour - image) * weight[..., None]
 
 
 def shifted(field: np.ndarray, dx: float, dy: float) -> np.ndarray:
     """`field` moved by (dx, dy) pixels, borders repeated."""
-    move = np.float32([[1, 0, dx], [0, 1, dy]])
+    move = np.array([[1, 0, dx], [0, 1, dy]], dtype=np.float32)
     return cv2.warpAffine(field, move, field.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
 
 

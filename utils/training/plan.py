@@ -1,6 +1,5 @@
-"""What a run will do: its settings, the stages that follow from them, and the plan in words."""
+"""What a run will do: the stages that follow from its settings, and the plan in words."""
 
-import math
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,43 +9,7 @@ from torch import nn
 
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, empty_backbone
-
-LR_SCHEDULES = ("steps", "cosine")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of a run that its result depends on; recorded in every checkpoint."""
-
-    dataset: str
-    domain: str | None
-    class_name: str | None
-    shot: int | None
-    val_fraction: float
-    augment: str
-    seed: int
-    text_epoch: list[int]
-    image_epoch: list[int]
-    text_batch_size: int
-    image_batch_size: int
-    text_lr: float
-    image_lr: float
-    text_cross_attn_lr: float | None
-    image_cross_attn_lr: float | None
-    lr_decay: float
-    lr_schedule: str
-    warmup_steps: int
-    text_norm_weight: float
-    stage1_levels: str
-    feedback: str
-    vv_attention: str
-    surgery_until_layer: int | None
-    optimizer_state: str
-    precision: str
-
-
-# Settings that older runs do not name, and what they trained with.
-ADDED_SETTINGS = {"lr_schedule": "steps", "warmup_steps": 0, "class_name": None, "augment": "published"}
+from utils.training.settings import Settings
 
 
 def stage_title(name: str) -> str:
@@ -55,7 +18,7 @@ def stage_title(name: str) -> str:
 
 
 class Stage(NamedTuple):
-    """One stage of one loop. `source` is what Stage 1 looks at, see `encode_stage1`; Stage 2 has none."""
+    """One stage of one loop. `features` are what Stage 1 looks at, see `encode_stage1`; Stage 2 has none."""
 
     loop: int
     name: str
@@ -63,7 +26,7 @@ class Stage(NamedTuple):
     batch_size: int
     lr: float
     cross_attn_lr: float
-    source: str | None
+    features: str | None
 
     @property
     def title(self) -> str:
@@ -88,7 +51,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class Plan:
     """What a training is asked to do. `base` tells what it starts from; `files` are the names it will write."""
 
     config: ModelConfig
@@ -126,24 +89,15 @@ def plan_stages(settings: Settings, loops: range) -> list[Stage]:
                     batch_size=getattr(settings, f"{name}_batch_size"),
                     lr=lr * decay,
                     cross_attn_lr=(lr if cross_attn_lr is None else cross_attn_lr) * decay,
-                    source=None if name == "image" else settings.feedback if loop > 1 else "off",
+                    features=stage_features(settings, loop) if name == "text" else None,
                 )
             )
     return stages
 
 
-def learning_rate_factor(
-    schedule: str, step: int, steps: int, warmup_steps: int, milestones: tuple[int, ...] = ()
-) -> float:
-    """What a learning rate is multiplied by at `step` of `steps`: warm-up, linear over `warmup_steps`, x schedule.
-
-    "steps" halves at every milestone passed, as published; "cosine" goes from 1 at the first step to 0 at the end
-    (https://arxiv.org/abs/1608.03983, without restarts).
-    """
-    warm_up = min(1.0, (step + 1) / (warmup_steps + 1))
-    if schedule == "cosine":
-        return warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return warm_up * 0.5 ** sum(step >= milestone for milestone in milestones)
+def stage_features(settings: Settings, loop: int) -> str:
+    """What Stage 1 looks at: in loop 1, and with `--feedback off` in all, the frozen CLIP, as the base trains."""
+    return "frozen" if loop == 1 or settings.feedback == "off" else settings.feedback
 
 
 def shot_file(settings: Settings) -> str:
@@ -176,14 +130,14 @@ def trainable_parts(model: CrossAttentionCLIP) -> list[tuple[str, str, int, str]
     """(stage, part, parameters, what it does) of all that trains."""
     text, image, levels = model.text_adapter, model.image_adapter, model.backbone.levels
     adapters, seg_proj, det_proj = image["layer_adapters"], image["seg_proj"], image["det_proj"]
-    text_count, image_count = len(text) - 1, len(adapters)
+    text_count, image_count = model.config.text_adapt_until, model.config.image_adapt_until
     views = f"levels {', '.join(map(str, levels))} -> V1..V{len(levels)}"
     parts = [
         ("1", _span("text_adapter", text_count), text[:-1], f"{text_count} adapters, after the first text blocks"),
         ("1", f"text_adapter.{text_count}", text[-1], "1 projector of the prompts, in place of CLIP's"),
         ("1", "text_cross_attn", model.text_cross_attn, "text -> image, after text block 0"),
         ("2", _span("layer_adapters", image_count), adapters, f"{image_count} adapters, after the first ViT blocks"),
-        ("2", _span("seg_proj", len(seg_proj)), seg_proj, f"{len(seg_proj)} projectors, {views}"),
+        ("2", _span("seg_proj", len(levels)), seg_proj, f"{len(levels)} projectors, {views}"),
         ("2", "det_proj", det_proj, "1 projector of the detection feature, for the image score"),
         ("2", "image_cross_attn", model.image_cross_attn, "image -> text, after ViT block 0"),
     ]
@@ -196,24 +150,24 @@ def _paragraph(title: str, values: dict) -> str:
     return textwrap.fill(f"{title}: {chosen}", 110, subsequent_indent="  ")
 
 
-def describe_plan(run: Run) -> str:
-    """The plan of a run as text: what trains where, the stages in order, and the files it will write."""
-    settings = run.settings
-    model = CrossAttentionCLIP(empty_backbone(run.config.model_name, run.config.img_size), run.config)
+def describe_plan(plan: Plan) -> str:
+    """A plan as text: what trains where, the stages in order, and the files it will write."""
+    settings, config = plan.settings, plan.config
+    model = CrossAttentionCLIP(empty_backbone(config.model_name, config.img_size), config)
     rows = trainable_parts(model)
     width = max(len(part) for _, part, _, _ in rows)
-    lines = [_paragraph("Model", asdict(run.config)), _paragraph("Settings", asdict(settings)), "", "Trainable modules"]
+    lines = [_paragraph("Model", asdict(config)), _paragraph("Settings", asdict(settings)), "", "Trainable modules"]
     lines += [f"  Stage {stage}  {part:{width}}  {count:>12,}  {what}" for stage, part, count, what in rows]
     for number in ("1", "2"):
         lines.append(f"  Stage {number}  {'in all':{width}}  {sum(r[2] for r in rows if r[0] == number):>12,}")
     lines.append(f"  frozen   {'CLIP':{width}}  {_count(model.backbone):>12,}")
     lines += ["", f"Stages (V-V attention from block {vv_start(settings, model.backbone)} on)"]
-    for stage in run.stages:
-        looks = "" if stage.source is None else f", features {stage.source if stage.source != 'off' else 'frozen CLIP'}"
+    for stage in plan.stages:
+        looks = "" if stage.features is None else f", features {stage.features.replace('frozen', 'frozen CLIP')}"
         cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
         rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
         epochs = f"{stage.epochs} epoch{'s' * (stage.epochs > 1)}"
         lines.append(f"  loop {stage.loop}  {stage.title}  {epochs}, batch {stage.batch_size}, {rate}{looks}")
-    files = run.files if settings.shot is None else [*run.files, shot_file(settings)]
-    lines += ["", f"Files in {run.folder}", *(f"  {name}" for name in files)]
+    files = plan.files if settings.shot is None else [*plan.files, shot_file(settings)]
+    lines += ["", f"Files in {plan.folder}", *(f"  {name}" for name in files)]
     return "\n".join(lines)

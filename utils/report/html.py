@@ -1,23 +1,24 @@
-"""The comparison as one HTML file that needs no other file and no network."""
+"""Comparisons as one HTML file that needs no other file and no network."""
 
 import base64
 import io
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from PIL import Image
 
-from dataset.sets import DataSet
-from utils.bootstrap import CONFIDENCE
-from utils.comparison import Row, comparison, difference, result
-from utils.evaluation import AVERAGE, Tested
-from utils.metrics import COLUMNS
-from utils.plots import draw_training
-from utils.tables import notes, percent, titles
+from utils.report.curves import draw_training
+from utils.report.tables import block_title, notes, percent
+from utils.testing.bootstrap import CONFIDENCE
+from utils.testing.comparison import Comparison
+from utils.testing.contenders import Contender
+from utils.testing.metrics import COLUMNS
+from utils.testing.results import AVERAGE, Row
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Pixels a side, of the format.
@@ -26,42 +27,39 @@ WEBP_LIMIT = 16383
 
 @dataclass(frozen=True)
 class Chapter:
-    """What a report has of one data set. `per_class`: {class: (the last model, its difference from the base)}."""
+    """What a report has of one data set: the comparison and its pictures."""
 
-    name: str
-    images: int
-    title: str
-    not_zero_shot: list[str]
-    average: list[Row]
-    answers: list[str]
-    per_class: dict[str, tuple[Row, Row | None]]
-    notes: list[str]
-    curves: Path | None
+    comparison: Comparison
     sheets: list[Path]
+    curves: Path | None
     one_image: list[Path]
 
-    @classmethod
-    def of(
-        cls, tested: list[Tested], data: DataSet, sheets: list[Path], curves: Path | None, one_image: list[Path]
-    ) -> "Chapter":
-        """From the results in hand, of which those by class are the last model's."""
-        subject = tested[-1]
-        return cls(
-            name=data.name,
-            images=len(data.records),
-            title=titles(data, AVERAGE),
-            not_zero_shot=[each.name for each in tested if each.was_trained_on(data) is True],
-            average=comparison(tested, data, AVERAGE),
-            answers=[_answer(difference(subject, title, AVERAGE)) for title in subject.references],
-            per_class={
-                name: (result(subject, name), difference(subject, "base", name) if not subject.is_base else None)
-                for name in subject.classes
-            },
-            notes=notes(tested, data),
-            curves=curves,
-            sheets=sheets,
-            one_image=one_image,
-        )
+    @property
+    def title(self) -> str:
+        """What stands above the averages."""
+        return block_title(self.comparison.data, AVERAGE)
+
+    @property
+    def average(self) -> list[Row]:
+        """The rows of the average."""
+        return self.comparison.rows[AVERAGE]
+
+    @property
+    def answers(self) -> list[str]:
+        """Whether the subject differs from its base and its control, in words."""
+        return [_answer(less[AVERAGE]) for less in self.comparison.subject.differences.values()]
+
+    @property
+    def per_class(self) -> dict[str, tuple[Row, Row | None]]:
+        """{class: (the subject, its difference from the base)}."""
+        subject = self.comparison.subject
+        less = subject.differences.get("base", {})
+        return {name: (subject.rows[name], less.get(name)) for name in subject.classes}
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said beneath."""
+        return notes(self.comparison)
 
 
 def _answer(row: Row) -> str:
@@ -88,7 +86,7 @@ def inline(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def write_report(tested: list[Tested], chapters: list[Chapter]) -> Path:
+def write_report(contenders: Sequence[Contender], chapters: list[Chapter]) -> Path:
     """Write report_<data sets>.html beside the last checkpoint."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
@@ -98,12 +96,13 @@ def write_report(tested: list[Tested], chapters: list[Chapter]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "inline": inline, "words": _words}
-    folders = dict.fromkeys(each.folder for each in tested if (each.folder / "log.csv").is_file())
-    trainings = [(folder, folder / "training.png") for folder in folders]
-    path = tested[-1].folder / f"report_{'_'.join(chapter.name for chapter in chapters)}.html"
+    folders = dict.fromkeys(contender.checkpoint.folder for contender in contenders)
+    trainings = [(folder, folder / "training.png") for folder in folders if (folder / "log.csv").is_file()]
+    subject, names = contenders[-1], "_".join(chapter.comparison.data.name for chapter in chapters)
+    path = subject.checkpoint.folder / f"report_{names}.html"
     content = environment.get_template(TEMPLATE.name).render(
-        subject=tested[-1].name,
-        tested=tested,
+        subject=subject.name,
+        contenders=contenders,
         chapters=chapters,
         columns=COLUMNS,
         groups=list(dict.fromkeys(group for group, _ in COLUMNS.values())),

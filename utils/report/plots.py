@@ -1,21 +1,16 @@
-"""Drawing: contact sheets, one image across models, curves of training, metrics over loops, attention."""
+"""Drawing: images with the maps of several models, and what cross-attentions look at."""
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
-
-from utils.comparison import Row
-from utils.metrics import COLUMNS
 
 PANEL_INCHES = 1.7
 OUTLINE = "cyan"
@@ -100,7 +95,7 @@ def draw_examples(
     ]
     for axis, head in zip(axes[0], heads, strict=True):
         axis.set_title(_wrapped(head), fontsize=6)
-    bar = {"location": "bottom", "shrink": 0.8, "aspect": 30, "pad": 0.01}
+    bar: dict[str, Any] = {"location": "bottom", "shrink": 0.8, "aspect": 30, "pad": 0.01}
     figure.colorbar(shown, ax=axes[:, 1 : 1 + len(models)], **bar).set_label(
         f"anomaly map, scaled by {scaled_by}", fontsize=6
     )
@@ -110,7 +105,7 @@ def draw_examples(
         axis.tick_params(labelsize=6)
         axis.xaxis.set_major_locator(MaxNLocator(4))
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _extent(pixels: np.ndarray) -> tuple[float, float, float, float]:
@@ -128,102 +123,10 @@ def _wrapped(name: str, width: int = 24) -> str:
     return "\n".join(line.strip() for line in lines)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file; its folder is made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def draw_metrics_over_loops(runs: dict[str, dict[int, tuple[Row, Row | None]]], title: str, path: Path) -> None:
-    """A small plot per metric: every run's average, loop by loop; the base is loop 0 and a dashed line.
-
-    `runs`: {run: {loop: (its row, its difference from the base)}}; bars are the intervals of the differences.
-    """
-    shown = [
-        metric
-        for metric in COLUMNS
-        if any(not math.isnan(row.values[metric]) for loops in runs.values() for row, _ in loops.values())
-    ]
-    columns = math.ceil(len(shown) / 2)
-    figure = Figure(figsize=(2.4 * columns, 5), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False).ravel()
-    for axis, metric in zip(axes, shown, strict=False):
-        for number, (run, loops) in enumerate(runs.items()):
-            values = [100 * row.values[metric] for row, _ in loops.values()]
-            axis.plot(list(loops), values, marker="o", markersize=3, color=f"C{number}", label=run)
-            axis.axhline(values[0], color=f"C{number}", linestyle="--", linewidth=0.8)
-            for loop, (row, moved) in loops.items():
-                if moved and not math.isnan(moved.low[metric]):
-                    base = row.values[metric] - moved.values[metric]
-                    ends = [100 * (base + side[metric]) for side in (moved.low, moved.high)]
-                    axis.plot([loop, loop], ends, color=f"C{number}", linewidth=3, alpha=0.25)
-        axis.set_title(" ".join(COLUMNS[metric]), fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.tick_params(labelsize=7)
-        axis.ticklabel_format(useOffset=False)
-    for axis in axes[len(shown) :]:
-        axis.axis("off")
-    for axis in axes[columns:]:
-        axis.set_xlabel("loop (0: the base)", fontsize=7)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=3)
-    figure.suptitle(title, fontsize=9)
-    _save(figure, path)
-
-
-def draw_training(log: Path, path: Path) -> bool:
-    """What log.csv has of each epoch, stage by stage: loss terms, anchor separation, gradients, added terms.
-
-    Returns False, drawing nothing, where no epoch is finished.
-    """
-    with open(log, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] in ("epoch", "held_out")]
-    if not rows:
-        return False
-    subjects = {
-        "loss": ("loss",),
-        "loss terms": ("focal_", "dice_", "orthogonal", "classification"),
-        "anchor separation": ("anchor_separation",),
-        "gradient norm": ("grad_norm_",),
-        "update per step": ("update_",),
-        "added term / input": ("added_",),
-    }
-    figure = Figure(figsize=(20, 6), layout="constrained")
-    grid = figure.subplots(2, len(subjects))
-    for number, line in enumerate(grid, start=1):
-        stage = [row for row in rows if row["stage"] == str(number)]
-        for axis, (subject, starts) in zip(line, subjects.items(), strict=True):
-            _draw_columns(axis, stage, [name for name in rows[0] if name.startswith(starts)])
-            axis.set_title(f"Stage {number}: {subject}", fontsize=8)
-    figure.suptitle(f"{log.parent.name}: means over epochs (dashed: held out; grey: a new loop begins)", fontsize=9)
-    _save(figure, path)
-    return True
-
-
-def _draw_columns(axis: Axes, rows: list[dict[str, str]], names: list[str]) -> None:
-    """Columns of a log over epochs, all loops after one another."""
-    places: dict[tuple[str, str], int] = {}
-    for row in rows:
-        places.setdefault((row["loop"], row["epoch"]), len(places) + 1)
-    for kind, line in (("epoch", "-"), ("held_out", "--")):
-        for number, name in enumerate(names):
-            points = [
-                (places[row["loop"], row["epoch"]], float(row[name]))
-                for row in rows
-                if row["kind"] == kind and row[name]
-            ]
-            if points:
-                style = {"marker": ".", "markersize": 3} if kind == "epoch" else {}
-                label = name.removeprefix("grad_norm_").removeprefix("update_").removeprefix("added_")
-                colour = colormaps["tab20"](number % 20)
-                axis.plot(*zip(*points, strict=True), line, color=colour, label=label if line == "-" else None, **style)
-    for (loop, epoch), place in places.items():
-        if loop != "1" and epoch == "1":
-            axis.axvline(place - 0.5, color="grey", linewidth=0.5)
-    axis.set_xlabel("epoch", fontsize=7)
-    axis.tick_params(labelsize=6)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(names) > 1 and axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_prompts_on_image(
@@ -253,7 +156,7 @@ def draw_prompts_on_image(
     bar.set_label("attention (1: as much as to any patch)", fontsize=6)
     bar.ax.tick_params(labelsize=6)
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_tokens_of_patches(places: dict[str, np.ndarray], tokens: list[list[str]], title: str, path: Path) -> None:
@@ -280,4 +183,4 @@ def draw_tokens_of_patches(places: dict[str, np.ndarray], tokens: list[list[str]
     bar.set_label("attention (1: as much as to any token)", fontsize=6)
     bar.ax.tick_params(labelsize=6)
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from utils.metrics import METRICS, Sample
+from utils.testing.metrics import METRICS, Sample
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

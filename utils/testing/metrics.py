@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.loading import Batch
 from forward_utils_cross_attention import Prediction
 from utils.calibration import Calibration
 
@@ -27,9 +28,11 @@ logger = logging.getLogger(__name__)
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1", "pixel_aupro")
 # By the published image score, which takes a whole class to compute.
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1")
-# By the score of an image alone, and by the calibrated decision.
-ALONE_METRICS = ("single_auroc", "single_ap", "single_f1", "decision_f1", "decision_accuracy")
-METRICS = PIXEL_METRICS + IMAGE_METRICS + ALONE_METRICS
+# By the single-image score.
+SINGLE_METRICS = ("single_auroc", "single_ap", "single_f1")
+# By the calibrated decision.
+DECISION_METRICS = ("decision_f1", "decision_accuracy")
+METRICS = PIXEL_METRICS + IMAGE_METRICS + SINGLE_METRICS + DECISION_METRICS
 # What tables and plots show of them: {metric: (group, title)}.
 COLUMNS = {
     "pixel_auroc": ("pixel", "AUROC"),
@@ -223,7 +226,7 @@ def min_max(values: np.ndarray, low: float, high: float) -> np.ndarray:
 class Sample:
     """What is kept of n images of one class, as one model sees them.
 
-    `labels` [n] of 0 and 1; `scores` [n], the published image scores; `single` [n], scores of the images alone;
+    `labels` [n] of 0 and 1; `published_scores` [n] and `single_scores` [n] of the images;
     `pixel_ap` [n], of each image, NaN without a defect; `probabilities` and `decisions` [n] of 0 and 1, None without a
     calibration; `pixels` [3, n, bins] of
     `ImageHistograms`, None where a mask is missing; `regions` [n], numbers of defects; `low` and `high`, the
@@ -232,8 +235,8 @@ class Sample:
 
     paths: list[str]
     labels: np.ndarray
-    scores: np.ndarray
-    single: np.ndarray
+    published_scores: np.ndarray
+    single_scores: np.ndarray
     pixel_ap: np.ndarray
     probabilities: np.ndarray | None
     decisions: np.ndarray | None
@@ -244,8 +247,8 @@ class Sample:
 
     def metrics(self, times: np.ndarray) -> dict[str, np.ndarray]:
         """{metric: [R]} with each image counted `times` [R, n]; pixel metrics as precise as the histograms."""
-        found = {f"image_{name}": value for name, value in _ranked(self.labels, self.scores, times).items()}
-        found |= {f"single_{name}": value for name, value in _ranked(self.labels, self.single, times).items()}
+        found = {f"image_{name}": value for name, value in _ranked(self.labels, self.published_scores, times).items()}
+        found |= {f"single_{name}": value for name, value in _ranked(self.labels, self.single_scores, times).items()}
         if self.decisions is not None:
             hits, right = times @ (self.decisions * self.labels), times @ (self.decisions == self.labels)
             named = times @ (self.decisions + self.labels)
@@ -253,8 +256,8 @@ class Sample:
                 found["decision_f1"] = np.where(times @ self.labels > 0, 2 * hits / named, np.nan)
             found["decision_accuracy"] = right / times.sum(axis=-1)
         if self.pixels is not None:
-            kinds = (times.astype(np.float32) @ kind for kind in self.pixels)
-            pixel = curve_metrics(*kinds, times @ self.regions)
+            normal, anomalous, overlap = (times.astype(np.float32) @ kind for kind in self.pixels)
+            pixel = curve_metrics(normal, anomalous, overlap, times @ self.regions)
             found |= {f"pixel_{name}": value for name, value in pixel.items()}
         return {name: found.get(name, np.full(len(times), np.nan)) for name in METRICS}
 
@@ -275,8 +278,8 @@ class ClassScores:
     calibration: Calibration | None = None
     paths: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)  # detection scores
-    single: list[float] = field(default_factory=list)
+    detection_scores: list[float] = field(default_factory=list)
+    single_scores: list[float] = field(default_factory=list)
     highest: list[float] = field(default_factory=list)  # of each map
     lowest: list[float] = field(default_factory=list)
     regions: list[int] = field(default_factory=list)
@@ -285,13 +288,13 @@ class ClassScores:
     histograms: ImageHistograms = field(default_factory=ImageHistograms)
     maskless: bool = False
 
-    def add(self, prediction: Prediction, batch: dict, rows: list[int], defects: list[Defects]) -> None:
+    def add(self, prediction: Prediction, batch: Batch, rows: list[int], defects: list[Defects]) -> None:
         """Take in the `rows` of a batch that are of this class, all finite; `defects` are of the whole batch."""
         maps = prediction.maps[rows]
         self.paths += [batch["path"][row] for row in rows]
         self.labels += batch["label"][rows].tolist()
-        self.scores += prediction.scores[rows].tolist()
-        self.single += prediction.single[rows].tolist()
+        self.detection_scores += prediction.detection_scores[rows].tolist()
+        self.single_scores += prediction.single_scores[rows].tolist()
         self.highest += maps.amax(dim=(1, 2)).tolist()
         self.lowest += maps.amin(dim=(1, 2)).tolist()
         self.maskless |= not batch["has_mask"][rows].all().item()
@@ -301,12 +304,12 @@ class ClassScores:
             self.regions.append(defects[row].regions)
             self.pixel_ap.append(image_pixel_ap(one.cpu().numpy(), defects[row]))
 
-    def image_scores(self) -> np.ndarray:
-        """The published image score: half the detection score, half the highest map value, both min-max scaled.
+    def published_scores(self) -> np.ndarray:
+        """The published image scores: half the detection score, half the highest map value, both min-max scaled.
 
         The extremes are those of the class. Medical: the highest map value alone.
         """
-        scores, highest = np.asarray(self.scores), np.asarray(self.highest)
+        scores, highest = np.asarray(self.detection_scores), np.asarray(self.highest)
         lowest = min(self.lowest)
         if lowest == highest.max() or scores.min() == scores.max():
             logger.warning(
@@ -321,13 +324,13 @@ class ClassScores:
         """What is kept of the class."""
         probabilities = decisions = None
         if self.calibration is not None:
-            probabilities = self.calibration.probabilities(np.asarray(self.scores), np.asarray(self.highest))
+            probabilities = self.calibration.probabilities(np.asarray(self.detection_scores), np.asarray(self.highest))
             decisions = self.calibration.decisions(probabilities).astype(int)
         return Sample(
             paths=self.paths,
             labels=np.asarray(self.labels),
-            scores=self.image_scores(),
-            single=np.asarray(self.single),
+            published_scores=self.published_scores(),
+            single_scores=np.asarray(self.single_scores),
             pixel_ap=np.asarray(self.pixel_ap),
             probabilities=probabilities,
             decisions=decisions,
@@ -343,14 +346,6 @@ class ClassScores:
         if not self.maskless:
             found |= {f"pixel_{name}": value for name, value in self.pixels.metrics().items()}
         return found
-
-
-def check_finite(prediction: Prediction, paths: list[str]) -> None:
-    """Raise ValueError that names the first image of a batch whose map or score is not finite."""
-    finite = prediction.maps.flatten(1).isfinite().all(dim=1) & prediction.scores.isfinite()
-    for path, fine in zip(paths, finite.tolist(), strict=True):
-        if not fine:
-            raise ValueError(f"{path}: the model's map or score is not finite.")
 
 
 def mean_over_classes(per_class: list[dict]) -> dict:

@@ -1,0 +1,121 @@
+"""Fields of a dataclass -> flags of the command line, so that a flag is written down in one place.
+
+What a flag is stands in its field: the annotation tells its type, `metadata` the rest:
+
+    help       what it means and its unit
+    least      the smallest whole number that is allowed
+    positive   True for a number over 0
+    choices    the values that are allowed
+    parse      text -> value, where none of these will do
+    flag       the flag's name, where it is not the field's (no_... switches off)
+    without    what holds without the flag, where that is not the field's default
+    group      title under which --help shows it
+"""
+
+import argparse
+import math
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from types import NoneType
+from typing import Any
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Parser of a whole number of at least `least`."""
+
+    def whole(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
+        return value
+
+    return whole
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number over 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number over 0")
+    return value
+
+
+def _list_of_one(parse: Callable[[str], Any]) -> Callable[[str], list]:
+    def alone(text: str) -> list:
+        return [parse(text)]
+
+    return alone
+
+
+def default_of(field: Field) -> Any:
+    """The default of a field, None where it has none."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
+def flag_fields(kind: type) -> list[Field]:
+    """The fields of a dataclass that are flags."""
+    return [field for field in fields(kind) if "help" in field.metadata]
+
+
+def add_flag(
+    parser: argparse._ActionsContainer, name: str, annotation: Any, about: Mapping[str, Any], default: Any
+) -> None:
+    """Add a flag that is described as a field's `metadata` is.
+
+    A list takes several values where its default is one, else a single value, which becomes a list of one.
+    """
+    # int | None -> int, list[int] -> int, several
+    inner = [part for part in typing.get_args(annotation) if part is not NoneType] or [annotation]
+    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else inner[0]
+    flag = about.get("flag", name)
+    words: dict[str, Any] = {"dest": name, "default": default, "help": about["help"]}
+    if kind is bool:
+        parser.add_argument(f"--{flag}", action="store_false" if flag.startswith("no_") else "store_true", **words)
+        return
+    parse = about.get("parse")
+    if kind is int:
+        parse = parse or at_least(about["least"])
+    elif kind is float:
+        parse = parse or (positive if about.get("positive") else finite)
+    if typing.get_origin(annotation) is list:
+        if isinstance(default, list):
+            words["nargs"] = "+"
+        else:
+            parse = _list_of_one(parse or kind)
+    parser.add_argument(f"--{flag}", type=parse or kind, choices=about.get("choices"), **words)
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    chosen: Iterable[Field],
+    defaults: Mapping[str, Any] | None = None,
+    keep_open: str | None = None,
+) -> None:
+    """Add the flags of `chosen` fields of a dataclass, in the groups that they name.
+
+    `defaults` go before the fields' own. With `keep_open`, what holds without a flag, said of each group, the flags
+    have no default at all: then "not given" can be told from a value.
+    """
+    annotations, groups = typing.get_type_hints(kind), {}
+    for field in chosen:
+        about, default = dict(field.metadata), (defaults or {}).get(field.name, default_of(field))
+        if keep_open is not None:
+            holds = about.get("without", default)
+            about["help"] += f" [{holds}]" if holds is not None else ""
+            default = None
+        title = about["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, keep_open and f"without a flag: {keep_open}")
+        add_flag(groups[title], field.name, annotations[field.name], about, default)

@@ -1,0 +1,1 @@
+"""Comparisons and trainings as people read them: tables, pictures, curves and one HTML file."""

@@ -1,0 +1,30 @@
+"""Signals that ask a long job to stop, obeyed where it can be stopped without loss."""
+
+import signal
+from types import FrameType
+
+from utils.errors import TrainingStoppedError
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the job ends at its next check; a second one stops it at once."""
+
+    received: str | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise TrainingStoppedError where a signal came; for work that is simply done again."""
+        if self.received:
+            raise TrainingStoppedError(f"Stopped by {self.received}. The same command goes on from here.")

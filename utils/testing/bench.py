@@ -1,0 +1,56 @@
+"""What models are tested on: a data set, with its prompts on one backbone and the way its images are read."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from dataset.loading import AnomalyDataset, Batch, make_loader
+from dataset.records import Record
+from dataset.sets import DataSet
+from dataset.transforms import Transform
+from forward_utils_cross_attention import Prediction, PromptBank
+from model.backbone import Backbone
+from utils.judging import Detector, judge_batches
+from utils.testing.contenders import Contender
+
+
+class Batching(NamedTuple):
+    """How images go through the models; results do not depend on the first two."""
+
+    batch_size: int
+    num_workers: int
+    precision: str
+
+
+class Bench:
+    """A data set to test models on that share a backbone.
+
+    Raises ValueError for a prompt that CLIP cannot read whole, and where the patch grid is too small for the domain.
+    """
+
+    def __init__(self, data: DataSet, backbone: Backbone, batching: Batching):
+        self.data, self.batching = data, batching
+        self.bank = PromptBank(backbone, data.descriptions, data.domain)
+        self._transform = Transform(backbone.img_size)
+
+    @property
+    def records(self) -> list[Record]:
+        """All images, class by class."""
+        return [record for class_name in self.data.descriptions for record in self.data.of_class(class_name)]
+
+    def detector(self, contender: Contender) -> Detector:
+        """The model of a contender, ready to judge images of the data set."""
+        fitted = contender.checkpoint.calibration
+        return Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name)
+
+    def predictions(
+        self,
+        contenders: Sequence[Contender],
+        records: list[Record],
+        after_batch: Callable[[], None] = lambda: None,
+        num_workers: int | None = None,
+    ) -> Iterator[tuple[Batch, list[Prediction]]]:
+        """Batches of `records`, and every contender's predictions on them; see `judge_batches`."""
+        images = AnomalyDataset(self.data.folder, records, self._transform)
+        workers = self.batching.num_workers if num_workers is None else num_workers
+        batches = make_loader(images, self.batching.batch_size, workers)
+        return judge_batches([self.detector(contender) for contender in contenders], batches, after_batch)

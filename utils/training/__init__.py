@@ -1,0 +1,1 @@
+"""Training: what a run will do, its images, its steps and its log."""

@@ -1,0 +1,69 @@
+"""The calibration of a run's model, on images that it did not train on where there are some."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+
+from dataset.loading import make_loader
+from dataset.records import Record
+from dataset.sets import canonical_name
+from dataset.transforms import Transform
+from utils import calibration
+from utils.judging import Detector, judge_batches
+from utils.logs import progress
+from utils.training.data import TrainingData
+from utils.training.plan import Plan
+from utils.training.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Three numbers are fitted: more images of a kind would cost time and change little.
+IMAGES_OF_A_KIND = 200
+
+
+def calibrate(
+    detector: Detector, data: TrainingData, plan: Plan, num_workers: int, after_batch: Callable[[], None]
+) -> dict | None:
+    """`Calibration` of a run's model, as checkpoints hold it; on held-out images, else on those it trained on.
+
+    At most IMAGES_OF_A_KIND are drawn of each kind, by the seed. None, with a warning, where one kind is missing.
+    """
+    settings = plan.settings
+    held_out = bool(data.held_out) and not _base_saw_held_out(plan.base, settings)
+    records = _draw_kinds(data.held_out or data.train, IMAGES_OF_A_KIND, settings.seed)
+    images = data.images(records, Transform(detector.model.backbone.img_size))
+    loader = make_loader(images, settings.text_batch_size, num_workers)
+    scores, highest, lowest, labels = [], [], [], []
+    batches = progress(loader, desc="calibration", leave=False)
+    for batch, (found,) in judge_batches([detector], batches, after_batch):
+        scores += found.detection_scores.tolist()
+        highest += found.maps.amax(dim=(1, 2)).tolist()
+        lowest += found.maps.amin(dim=(1, 2)).tolist()
+        labels += batch["label"].tolist()
+    fitted = calibration.fit(scores, highest, labels, map_range=(min(lowest), max(highest)), held_out=held_out)
+    if fitted is None:
+        logger.warning("No calibration: the images are all of one kind, so a decision cannot be fitted.")
+        return None
+    return asdict(fitted)
+
+
+def _base_saw_held_out(base: dict, settings: Settings) -> bool:
+    """Whether the base may have trained on the images that are held out now."""
+    seen = {canonical_name(name) for name in base.get("datasets", [])}
+    if not seen & {canonical_name(settings.dataset), "unknown"}:
+        return False
+    same = ("dataset", "seed", "val_fraction", "shot")
+    own = base.get("training") or {}
+    return any(own.get(name) != getattr(settings, name) for name in same)
+
+
+def _draw_kinds(records: list[Record], most: int, seed: int) -> list[Record]:
+    """At most `most` normal and as many anomalous records, drawn by `seed`, in their order."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for label in (0, 1):
+        kind = [row for row, record in enumerate(records) if record.label == label]
+        rows += rng.permutation(kind)[:most].tolist()
+    return [records[row] for row in sorted(rows)]

@@ -1,0 +1,72 @@
+"""The images of a run: opened, drawn, held out, checked and, where they shall be, kept in memory."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.images import check_files
+from dataset.loading import AnomalyDataset, ImageCache, cache_images
+from dataset.prepare import prepare
+from dataset.records import Record, digest, hold_out
+from dataset.sets import draw_few_shot, open_dataset
+from dataset.transforms import Transform
+from utils.training.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.sets.DataSet`.
+
+    `cache` holds the images of both, None where every epoch reads the files.
+    """
+
+    folder: Path
+    domain: str
+    train: list[Record]
+    held_out: list[Record]
+    descriptions: dict[str, str]
+    cache: ImageCache | None = None
+
+    @property
+    def summary(self) -> dict:
+        """Tells whether a run that goes on has the same images in the same order."""
+        counts = {"images": len(self.train), "held_out": len(self.held_out)}
+        return counts | {"sha256": digest(self.train + self.held_out)}
+
+    def images(self, records: list[Record], transform: Transform) -> AnomalyDataset:
+        """Some of the records as items for batches."""
+        return AnomalyDataset(self.folder, records, transform, self.cache)
+
+
+def load_training_data(settings: Settings, data_root: Path, img_size: int, in_memory: bool = False) -> TrainingData:
+    """Open, draw and check the images of a run, and read them where they shall be kept `in_memory`.
+
+    A demo set that is not there is rendered, a list that is missing is written. Raises ValueError or FileNotFoundError.
+    """
+    prepare(settings.dataset, data_root)
+    data = open_dataset(settings.dataset, data_root, settings.domain, settings.class_name)
+    records = data.records
+    if settings.shot is not None:
+        records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
+    train, held_out = hold_out(records, settings.val_fraction, settings.seed)
+    if not train or (settings.val_fraction and not held_out):
+        counts = f"{len(train)} images to train on and {len(held_out)} held out"
+        raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
+    resized = Transform(img_size, augment=settings.augment)
+    cache = cache_images(data.folder, records, resized) if in_memory else None
+    if cache is None:  # filling it has opened every file
+        check_files(data.folder, records)
+    _report_maskless(train)
+    return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
+
+
+def _report_maskless(records: list[Record]) -> None:
+    """Say once what becomes of anomalous images without a mask."""
+    anomalous = [record for record in records if record.label]
+    maskless = sum(record.mask_path is None for record in anomalous)
+    if maskless:
+        logger.info("%d of %d anomalous images have no mask: no segmentation loss.", maskless, len(anomalous))
+    if maskless == len(anomalous):
+        logger.warning("No image here shows where a defect is, so the anomaly maps learn to find none.")

@@ -1,0 +1,41 @@
+"""While a training goes on: signals are obeyed without loss, and errors say what is saved and what to do."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+
+from dataset.loading import loader_message
+from utils.errors import TrainingError
+from utils.signals import StopSignal
+
+# How PyTorch's CPU allocator puts it, on every system.
+OUT_OF_MEMORY = "you tried to allocate"
+
+
+@contextmanager
+def session(folder: Path, doing: Callable[[], str]) -> Iterator[StopSignal]:
+    """Within it, SIGINT and SIGTERM are noted, and what fails raises TrainingError; the last state is in `folder`.
+
+    `doing()` tells, for an error of memory, what was tried and what to try instead.
+    """
+    with StopSignal() as stop:
+        try:
+            yield stop
+        except (ValueError, OSError) as error:  # of reading images and writing files
+            raise TrainingError(f"{loader_message(error)} The last state is in {folder}.") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrainingError(_out_of_memory(doing(), folder, error)) from error
+        except RuntimeError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+            raise TrainingError(_out_of_memory(doing(), folder, error)) from error
+
+
+def _out_of_memory(doing: str, folder: Path, error: BaseException) -> str:
+    return (
+        f"Out of memory at {doing}, or with --precision bf16.\n"
+        f"The last state is in {folder}.\n({shorten(str(error), 160)})"
+    )
