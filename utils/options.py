@@ -49,6 +49,14 @@ def positive(text: str) -> float:
     return value
 
 
+def _parser_of(kind: type, about: Mapping[str, Any]) -> Callable[[str], Any]:
+    if kind is int and "least" in about:
+        return at_least(about["least"])
+    if kind is float:
+        return positive if about.get("positive") else finite
+    return kind
+
+
 def _list_of_one(parse: Callable[[str], Any]) -> Callable[[str], list]:
     def alone(text: str) -> list:
         return [parse(text)]
@@ -75,25 +83,20 @@ def add_flag(
 
     A list takes several values where its default is one, else a single value, which becomes a list of one.
     """
-    # int | None -> int, list[int] -> int, several
-    inner = [part for part in typing.get_args(annotation) if part is not NoneType] or [annotation]
-    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else inner[0]
+    inner = [part for part in typing.get_args(annotation) if part is not NoneType]  # of int | None, of list[int]
+    kind = inner[0] if inner else annotation
     flag = about.get("flag", name)
     words: dict[str, Any] = {"dest": name, "default": default, "help": about["help"]}
     if kind is bool:
         parser.add_argument(f"--{flag}", action="store_false" if flag.startswith("no_") else "store_true", **words)
         return
-    parse = about.get("parse")
-    if kind is int:
-        parse = parse or at_least(about["least"])
-    elif kind is float:
-        parse = parse or (positive if about.get("positive") else finite)
+    parse = about.get("parse") or _parser_of(kind, about)
     if typing.get_origin(annotation) is list:
         if isinstance(default, list):
             words["nargs"] = "+"
         else:
-            parse = _list_of_one(parse or kind)
-    parser.add_argument(f"--{flag}", type=parse or kind, choices=about.get("choices"), **words)
+            parse = _list_of_one(parse)
+    parser.add_argument(f"--{flag}", type=parse, choices=about.get("choices"), **words)
 
 
 def add_fields(

@@ -137,11 +137,8 @@ def _draw_attention(detector: Detector, batch: Batch, example: Example, title: s
     tokens = [model.backbone.token_texts(prompt) for prompt in prompts]
     grid, paths = model.backbone.grid, []
     if "text_cross_attn" in weights:
-        per_prompt = weights["text_cross_attn"].unflatten(0, (len(prompts), -1))  # P L patches+1
-        means = torch.stack([rows[: len(line)].mean(dim=0) for rows, line in zip(per_prompt, tokens, strict=True)])
-        maps = (means[:, :-1] * means.shape[1]).unflatten(1, (grid, grid)).numpy()
+        maps, shares = prompts_on_patches(weights["text_cross_attn"], [len(line) for line in tokens], grid)
         paths.append(stem.with_name(f"{stem.stem}_prompts_on_image.png"))
-        shares = means[:, -1].numpy()
         plots.draw_prompts_on_image(example, maps, shares, prompts, f"{title}, text -> image", paths[-1])
     if "image_cross_attn" in weights:
         rows = weights["image_cross_attn"]  # 1+patches P*L
@@ -156,6 +153,16 @@ def _draw_attention(detector: Detector, batch: Batch, example: Example, title: s
         paths.append(stem.with_name(f"{stem.stem}_image_on_prompts.png"))
         plots.draw_tokens_of_patches(found, tokens, f"{title}, image -> text", paths[-1])
     return paths
+
+
+def prompts_on_patches(weights: Tensor, lengths: list[int], grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """What P prompts of these lengths look at, from text cross-attention [P*L, patches + 1]: means over their tokens.
+
+    Patches [P, grid, grid] in units of even attention; the share of CLS [P].
+    """
+    per_prompt = weights.unflatten(0, (len(lengths), -1))  # P L patches+1
+    means = torch.stack([rows[:length].mean(dim=0) for rows, length in zip(per_prompt, lengths, strict=True)])
+    return (means[:, :-1] * means.shape[1]).unflatten(1, (grid, grid)).numpy(), means[:, -1].numpy()
 
 
 @torch.no_grad()
