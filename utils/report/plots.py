@@ -1,12 +1,13 @@
 """Drawing: images with the maps of several models, and what cross-attentions look at."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -45,13 +46,7 @@ def to_picture(pixels: Tensor) -> np.ndarray:
     return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def draw_examples(
-    examples: list[Example],
-    models: list[str],
-    scaled_by: str,
-    title: str,
-    path: Path,
-) -> None:
+def draw_examples(examples: list[Example], models: list[str], scaled_by: str, title: str, path: Path) -> None:
     """A row per image: it, with the outline of its defect, every model's map, and later models' less the first's.
 
     Maps are drawn from 0 to 1; `scaled_by` says what they were scaled by. All differences share a scale around 0.
@@ -59,53 +54,50 @@ def draw_examples(
     later = models[1:]
     shapes = [example.pixels.shape[0] / example.pixels.shape[1] for example in examples]
     columns = 1 + len(models) + len(later)
-    figure = Figure(
-        figsize=(PANEL_INCHES * columns + 1.2, sum((PANEL_INCHES + 0.35) * shape for shape in shapes) + 0.9),
-        layout="constrained",
-    )
+    height = sum((PANEL_INCHES + 0.35) * shape for shape in shapes) + 0.9
+    figure = Figure(figsize=(PANEL_INCHES * columns + 1.2, height), layout="constrained")
     axes = figure.subplots(len(examples), columns, squeeze=False, height_ratios=shapes)
     moved = [panel.values - example.panels[0].values for example in examples for panel in example.panels[1:]]
-    most = max((np.abs(values).max() for values in moved), default=0)
-    most = max(most, SMALLEST_SCALE)  # or every trifle would look dramatic
+    # A trifle would look dramatic without a smallest scale.
+    most = max([SMALLEST_SCALE, *(float(np.abs(values).max()) for values in moved)])
     for row, example in zip(axes, examples, strict=True):
-        row[0].imshow(example.pixels)
-        row[0].set_ylabel(example.title, fontsize=6)
-        for axis, panel in zip(row[1:], example.panels, strict=False):
-            shown = axis.imshow(panel.values, cmap=MAP_COLOURS, vmin=0, vmax=1, extent=_extent(example.pixels))
-            colour = UNKNOWN if panel.right is None else RIGHT if panel.right else WRONG
-            axis.set_xlabel(panel.caption, fontsize=6, labelpad=2, color=colour)
-        for axis, panel in zip(row[1 + len(models) :], example.panels[1:], strict=False):
-            changed = axis.imshow(
-                panel.values - example.panels[0].values,
-                cmap=DIFFERENCE_COLOURS,
-                vmin=-most,
-                vmax=most,
-                extent=_extent(example.pixels),
-            )
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if example.mask is not None and example.mask.any():
-                axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+        _draw_example(row, example, most)
     masks = any(example.mask is not None and example.mask.any() for example in examples)
-    heads = [
-        "image and defect" if masks else "image",
-        *models,
-        *(f"{name} less {'the first' if len(later) > 1 else models[0]}" for name in later),
-    ]
+    less = "the first" if len(later) > 1 else models[0]
+    heads = ["image and defect" if masks else "image", *models, *(f"{name} less {less}" for name in later)]
     for axis, head in zip(axes[0], heads, strict=True):
         axis.set_title(_wrapped(head), fontsize=6)
-    bar: dict[str, Any] = {"location": "bottom", "shrink": 0.8, "aspect": 30, "pad": 0.01}
-    figure.colorbar(shown, ax=axes[:, 1 : 1 + len(models)], **bar).set_label(
-        f"anomaly map, scaled by {scaled_by}", fontsize=6
-    )
+    _draw_scale(figure, axes[:, 1 : 1 + len(models)], f"anomaly map, scaled by {scaled_by}")
     if later:
-        figure.colorbar(changed, ax=axes[:, 1 + len(models) :], **bar).set_label("difference", fontsize=6)
-    for axis in figure.axes[-2 if later else -1 :]:
-        axis.tick_params(labelsize=6)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        _draw_scale(figure, axes[:, 1 + len(models) :], "difference")
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
+
+
+def _draw_example(row: Sequence[Axes], example: Example, most: float) -> None:
+    """One image, its maps, and what later maps have more than the first, up to `most`, in a row of axes."""
+    extent, first = _extent(example.pixels), example.panels[0].values
+    row[0].imshow(example.pixels)
+    row[0].set_ylabel(example.title, fontsize=6)
+    for axis, panel in zip(row[1:], example.panels, strict=False):
+        axis.imshow(panel.values, cmap=MAP_COLOURS, vmin=0, vmax=1, extent=extent)
+        colour = UNKNOWN if panel.right is None else RIGHT if panel.right else WRONG
+        axis.set_xlabel(panel.caption, fontsize=6, labelpad=2, color=colour)
+    for axis, panel in zip(row[1 + len(example.panels) :], example.panels[1:], strict=True):
+        axis.imshow(panel.values - first, cmap=DIFFERENCE_COLOURS, vmin=-most, vmax=most, extent=extent)
+    for axis in row:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if example.mask is not None and example.mask.any():
+            axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+
+
+def _draw_scale(figure: Figure, axes: np.ndarray, label: str) -> None:
+    """The colours of the maps in `axes`, beneath them."""
+    bar = figure.colorbar(axes[0, 0].images[0], ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.01)
+    bar.set_label(label, fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _extent(pixels: np.ndarray) -> tuple[float, float, float, float]:
