@@ -27,6 +27,8 @@ from model.backbone import Backbone
 logger = logging.getLogger(__name__)
 
 FEEDBACK = ("adapted", "projectors", "off")
+# What Stage 1 may look at; "off" above means frozen in every loop.
+STAGE1_FEATURES = ("frozen", "adapted", "projectors")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -170,8 +172,10 @@ def encode_stage1(
 
     `features`: "frozen" gives the plain CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4
     of the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
-    the features nor the image context need are left out.
+    the features nor the image context need are left out. Raises ValueError for other `features`.
     """
+    if features not in STAGE1_FEATURES:
+        raise ValueError(f"Stage 1's features '{features}': expected {', '.join(STAGE1_FEATURES)}.")
     backbone, needs_context = model.backbone, model.text_cross_attn is not None
     needs_frozen = needs_context and model.config.image_context == "frozen"
     needs_visual = features == "adapted" or (needs_context and not needs_frozen)

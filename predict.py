@@ -27,6 +27,7 @@ from utils.cli import run_script
 from utils.files import safe_name, write_csv
 from utils.judging import Detector, calibrated_extremes, caption, decision_word, load_detectors, scaled
 from utils.logs import progress
+from utils.machine import device_of
 from utils.models import ModelLoader
 from utils.report.plots import Example, Panel, draw_examples
 
@@ -132,7 +133,7 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     args = parse_arguments()
     images = find_images(args.images)
-    loader = ModelLoader(arguments.device_of(args.device), args.clip_weights, arguments.model_flags(args))
+    loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision)
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:
@@ -146,7 +147,7 @@ def main() -> int:
         write_csv(args.save_path / "predictions.csv", rows)
         print(table(rows))
         seen = min(row["lowest_map_value"] for row in rows), max(row["highest_map_value"] for row in rows)
-        extremes, scaled_by = calibrated_extremes(detectors, seen)
+        extremes, scaled_by = calibrated_extremes(detectors, seen, "all images of this call")
         judged = [(path, stem) for path, stem in images.items() if path not in failed]
         for number, (path, stem) in enumerate(progress(judged, desc="pictures", unit="image")):
             own = rows[number * len(detectors) : (number + 1) * len(detectors)]

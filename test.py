@@ -114,12 +114,12 @@ def list_images(data: DataSet, class_name: str | None) -> str:
     return "\n".join(lines)
 
 
-def write(comparison: Comparison, precision: str) -> None:
+def write(comparison: Comparison) -> None:
     """Print the table of a comparison and write its files, beside the checkpoints and the last of them."""
     data, folder = comparison.data, comparison.subject.contender.checkpoint.folder
     print(f"\n{data.name}: {len(data.records)} images, in percent")
     print(text_table(comparison), *notes(comparison), sep="\n")
-    files = [path for results in comparison.results for path in write_results(results, data, precision)]
+    files = [path for results in comparison.results for path in write_results(results)]
     files.append(write_json(comparison, folder / f"comparison_{data.name}.json"))
     files.append(write_latex(comparison, folder / f"comparison_{data.name}.tex"))
     logger.info("Wrote %s", ", ".join(map(str, files)))
@@ -155,7 +155,7 @@ def main() -> None:
     chapters = []
     for bench in benches:
         comparison = measure(bench, contenders, args.resamples, args.seed)
-        write(comparison, args.precision)
+        write(comparison)
         count = args.pictures or (REPORT_PICTURES if args.report else 0)
         sheets, curves = draw(comparison, count) if count else ([], None)
         if args.report:
@@ -164,7 +164,7 @@ def main() -> None:
             one_image = draw_one(bench, contenders, class_name, index)
             chapters.append(Chapter(comparison, sheets, curves, one_image))
     if args.report:
-        logger.info("Report: %s", write_report(contenders, chapters))
+        logger.info("Report: %s", write_report(chapters))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 from utils import arguments, checkpoints
 from utils.cli import run_script
 from utils.models import resolve_config
+from utils.settings import add_settings, add_training_arguments, settings_of
 from utils.training.plan import Plan, Stage, describe_plan, plan_stages
-from utils.training.settings import add_settings, add_training_arguments, settings_of
 from utils.training.start import start
 from utils.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("train")
 
 FILES = {"text": checkpoints.TEXT_FILE, "image": checkpoints.IMAGE_FILE}
 # A base model is one loop without the extension, trained as published.
-PUBLISHED = {"text_epoch": "5", "image_epoch": "20", "stage1_levels": "last"}
+PUBLISHED = {"text_epoch": [5], "image_epoch": [20], "stage1_levels": "last"}
 ONE_LOOP = {"feedback": "off", "lr_decay": 1.0}
 
 

@@ -21,10 +21,10 @@ from utils.models import ModelLoader, resolve_config
 from utils.options import at_least
 from utils.report.curves import draw_training
 from utils.report.tables import notes, text_table, write_results
+from utils.settings import add_settings, add_training_arguments, settings_of
 from utils.testing.bench import Batching, Bench
 from utils.testing.loops import LoopTests
 from utils.training.plan import Plan, describe_plan, plan_stages
-from utils.training.settings import add_settings, add_training_arguments, settings_of
 from utils.training.start import start
 from utils.training.trainer import Trainer
 
@@ -47,7 +47,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_settings(parser)
     add_training_arguments(parser)
-    arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets", extension=True)
+    arguments.add_model_arguments(
+        parser,
+        "the checkpoint's value, else AA-CLIP's, in brackets",
+        extension="the loop file's value; on a base both are on, with the values in brackets",
+    )
     arguments.add_run_arguments(parser)
     return parser.parse_args()
 
@@ -143,7 +147,7 @@ def report_tests(trainer: Trainer, tests: LoopTests, path: Path) -> None:
     """Test a loop that was saved beside the base, write both results, and log the rows of the average."""
     for comparison in tests.test(path, after_batch=trainer.stop.check):
         for results in comparison.results:
-            write_results(results, comparison.data, trainer.settings.precision)
+            write_results(results)
         table = text_table(comparison, average_only=True)
         logger.info("\n".join([f"{comparison.data.name}, in percent", table, *notes(comparison)]))
 

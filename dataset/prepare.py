@@ -14,8 +14,9 @@ logger = logging.getLogger(__name__)
 def prepare(name: str, data_root: str | Path) -> None:
     """Render a demo set, or write the list of a known data set, where that is missing; `name` as in `open_dataset`.
 
-    Nothing is made for own folders, which are read anew each time. Raises, before anything is written,
-    FileNotFoundError where there is no such data set or a file of it is missing, ValueError for what is wrong in it.
+    Where no list can be written, that is said, and opening reads the folders. Nothing is made for own folders, which
+    are read anew each time. Raises, before anything is written, FileNotFoundError where there is no such data set or a
+    file of it is missing, ValueError for what is wrong in it.
     """
     source, root = canonical_name(name), Path(data_root)
     if source in DEMO_SETS and not is_path(name) and not (root / source).is_dir():
@@ -26,8 +27,12 @@ def prepare(name: str, data_root: str | Path) -> None:
         return
     records = list_folder(place)
     check_paths(records, place.folder)
-    path = write_metadata(place, records)
-    logger.info("%s: wrote %s, %d images of its official layout.", source, path, len(records))
+    try:
+        path = write_metadata(place, records)
+    except OSError as error:  # it can be opened all the same
+        logger.info("%s: no list of it could be written (%s); its folders are read each time.", source, error)
+    else:
+        logger.info("%s: wrote %s, %d images of its official layout.", source, path, len(records))
 
 
 def write_metadata(place: Place, records: list[Record]) -> Path:

@@ -54,7 +54,7 @@ class DataSet:
 
     @property
     def reported(self) -> dict[str, float]:
-        """{metric: percent} that AA-CLIP's authors report for it; empty where it is not the very images they tested."""
+        """{metric: percent} that AA-CLIP's authors report for it; empty where a class has another number of images."""
         info = DATA_SETS.get(self.source)
         if info is None or self.name != self.source or count_images(self.records) != info.counts:
             return {}
@@ -120,7 +120,8 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None, cl
         raise ValueError(f"--domain {domain}: {place.source} is {info.domain}.")
     if info and class_name:
         raise ValueError(
-            f"--class_name {class_name}: {place.source} has its own names; the flag is for other data sets."
+            f"--class_name {class_name}: {place.source} has its own names; the flag is for other data sets. To use a "
+            f"part of it, give the path of a list with these lines of {FULL}, such as {place.folder / 'part.jsonl'}."
         )
     records = named(read_place(place), class_name)
     for line in count_differences(place.source, records):

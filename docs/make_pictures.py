@@ -88,7 +88,7 @@ def draw_strip(detectors: list[Detector], data: DataSet) -> Figure:
         pictures: list[dict[str, Any]] = [{"X": image}, {"X": mask, "cmap": "gray", "vmin": 0, "vmax": 1}]
         for detector in detectors:
             found = detector.predict(pixels, [class_name], [f"{class_name} {index}"])
-            ends, _ = calibrated_extremes([detector], (found.maps.min().item(), found.maps.max().item()))
+            ends, _ = calibrated_extremes([detector], (found.maps.min().item(), found.maps.max().item()), "this map")
             shown = scaled(found.maps[0].numpy(), ends[0])
             pictures.append({"X": shown, "cmap": MAP_COLOURS, "vmin": 0, "vmax": 1})
         for column, (head, picture) in enumerate(zip(heads, pictures, strict=True)):
@@ -105,27 +105,28 @@ def draw_strip(detectors: list[Detector], data: DataSet) -> Figure:
 # prompts.png
 
 
-def draw_prompts(detector: Detector, data: DataSet) -> Figure:
-    """What two prompts of a model look at in one image, and the difference."""
+def draw_prompts(detectors: list[Detector], data: DataSet) -> Figure:
+    """What a prompt looks at in one image before the first step and after the last, and the difference."""
     class_name, index = LOOKED_AT
-    model, bank = detector.model, detector.text.bank
-    image, mask, pixels = read(data, class_name, index, detector)
+    image, mask, pixels = read(data, class_name, index, detectors[0])
     prompts = class_prompts(data.descriptions[class_name])
-    lengths = [len(model.backbone.token_texts(prompt)) for prompt in prompts]
-    weights = attention_weights(model, pixels, class_name, bank)["text_cross_attn"]
-    looks, _ = prompts_on_patches(weights, lengths, model.backbone.grid)
-    normal, abnormal = prompts.index(f"the {class_name.replace('_', ' ')}."), NORMAL_PROMPTS
+    before, after = (
+        prompts_on_patches(
+            attention_weights(detector, pixels, class_name)["text_cross_attn"],
+            [len(detector.model.backbone.token_texts(prompt)) for prompt in prompts],
+            detector.model.backbone.grid,
+        )[0][NORMAL_PROMPTS]
+        for detector in detectors
+    )
     side, gap, top, bar = 186, 28, 26, 46
     figure = blank(4 * (side + gap) - gap + 2, top + side + bar)
-    difference = looks[abnormal] - looks[normal]
-    most = float(np.abs(difference).max())
-    look = {"cmap": ATTENTION_COLOURS, "vmin": 0, "vmax": float(looks[[normal, abnormal]].max())}
-    even = "attention (1: even)"
-    shown = (
-        ("image and defect", {"X": image}, None),
-        (f"“{prompts[normal]}”", {"X": looks[normal]} | look, even),
-        (f"“{prompts[abnormal]}”", {"X": looks[abnormal]} | look, even),
-        ("second less first", {"X": difference, "cmap": "PuOr_r", "vmin": -most, "vmax": most}, "difference"),
+    look: dict[str, Any] = {"cmap": ATTENTION_COLOURS, "vmin": 0, "vmax": max(before.max(), after.max())}
+    most, even = max(float(np.abs(after - before).max()), 0.1), "attention (1: even)"
+    shown: tuple[tuple[str, dict[str, Any], str | None], ...] = (
+        (f"“{prompts[NORMAL_PROMPTS]}”", {"X": image}, None),
+        ("before training", {"X": before} | look, even),
+        ("after loop 3", {"X": after} | look, even),
+        ("after minus before", {"X": after - before, "cmap": "PuOr_r", "vmin": -most, "vmax": most}, "difference"),
     )
     for column, (head, picture, what) in enumerate(shown):
         x = 1 + column * (side + gap)
@@ -214,7 +215,8 @@ def draw_forward(page: Drawing, text_row: float, image_row: float) -> None:
     page.arrow((680, image_row), (774, image_row), (774, middle + 30), colour=IMAGE[0])
     # Contexts.
     page.arrow((220, text_row), (220, middle + 20), (276, middle + 20), (276, image_row - 26), colour=TEXT[0])
-    page.words(288, middle + 31, "text context: the prompts, without any image", 11.5, ha="left", colour=TEXT[0])
+    context = "text context: the prompts (after text_adapter.0), without any image"
+    page.words(288, middle + 31, context, 11.5, ha="left", colour=TEXT[0])
     page.arrow((622, image_row - 26), (622, middle - 20), (324, middle - 20), (324, text_row + 26), colour=IMAGE[0])
     page.words(336, middle - 32, "image context: V1 and CLS of this image", 11.5, ha="left", colour=IMAGE[0])
 
@@ -311,7 +313,7 @@ def main() -> None:
     data = open_dataset("demo_test", args.data_root)
     detectors = load_detectors(args.run, data)
     save(draw_strip(detectors, data), "strip.png")
-    save(draw_prompts(detectors[-1], data), "prompts.png")
+    save(draw_prompts(detectors, data), "prompts.png")
     save(draw_method(), "method.png")
 
 

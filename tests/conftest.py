@@ -122,3 +122,8 @@ def assert_same_tensors(first: Path, second: Path) -> None:
     a, b = tensors(first), tensors(second)
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def listing(root: Path) -> dict[str, int]:
+    """{path: when it was changed} of all that is in a folder, to tell whether anything was written."""
+    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in root.rglob("*")}

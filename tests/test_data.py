@@ -12,12 +12,7 @@ import pytest
 from dataset.constants import DATA_SETS, class_prompts, describe_class
 from dataset.records import Record, few_shot, hold_out, read_records, write_records
 from dataset.sets import canonical_name, draw_few_shot, open_all, open_dataset, result_name
-from tests.conftest import write_small_dataset
-
-
-def listing(root: Path) -> dict[str, int]:
-    """{path: when it was changed} of all that is in a folder, to tell whether anything was written."""
-    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in root.rglob("*")}
+from tests.conftest import listing, write_small_dataset
 
 
 def test_prompts_are_the_published_ones():
@@ -228,11 +223,12 @@ def test_results_of_a_part_leave_those_of_the_whole(scripts, run, data_root, tmp
     folder = shutil.copytree(data_root / "small", tmp_path / "small")
     records = open_dataset("small", tmp_path).records
     write_records(folder / "part.jsonl", records[:10])
-    part, before = folder / "part.jsonl", listing(run)
-    assert scripts("test", "--ckpt", run / "loop_1.pth", "--dataset", part, "--device", "cpu") == 0
+    copy = shutil.copytree(run, tmp_path / "x")
+    part, before = folder / "part.jsonl", listing(copy)
+    assert scripts("test", "--ckpt", copy / "loop_1.pth", "--dataset", part, "--device", "cpu") == 0
     out, err = capsys.readouterr()
     assert "small_part: 10 images" in out and "NOT ZERO-SHOT" in err
-    after = listing(run)
+    after = listing(copy)
     assert "loop_1_small_part.csv" in after and before.items() <= after.items()
     assert all("small_part" in path for path in after.keys() - before.keys())
     assert scripts("train_cross_attention", "--dry_run", "--eval_dataset", part) == 0

@@ -42,6 +42,7 @@ def results_at(path: str, values: float, loop: int = 1, seed: int = 0, base: Res
     noise = np.random.default_rng(0).normal(0, 0.01, 100)
     names = ("bolt", AVERAGE)
     return Results(
+        SimpleNamespace(data=SimpleNamespace(name="parts", reported={})),
         contender,
         samples={"bolt": None},
         values={name: dict.fromkeys(METRICS, values) for name in names},
@@ -50,23 +51,22 @@ def results_at(path: str, values: float, loop: int = 1, seed: int = 0, base: Res
     )
 
 
-def compared(*results: Results, reported: dict | None = None) -> Comparison:
-    data = SimpleNamespace(name="parts", reported=reported or {})
-    return Comparison(SimpleNamespace(data=data), results, resamples=100)
+def compared(*results: Results) -> Comparison:
+    return Comparison(results, resamples=100)
 
 
 def test_loops_bring_their_base_and_their_control(run, tmp_path):
     control = with_seed(run, tmp_path / "control", 111)
     wanted = collect([run / "loop_2.pth"], [control])
-    shown = [(each.checkpoint.path.parent.name, each.checkpoint.loop) for each in wanted.values()]
+    shown = [(entry.checkpoint.path.parent.name, entry.checkpoint.loop) for entry in wanted.values()]
     assert shown == [("x", 0), ("control", 2), ("x", 2)]  # one base for both
-    (key,) = [key for key, each in wanted.items() if each.checkpoint.path == run / "loop_2.pth"]
+    (key,) = [key for key, entry in wanted.items() if entry.checkpoint.path == run / "loop_2.pth"]
     assert list(wanted[key].references) == ["base", "control"]
     with pytest.raises(ValueError, match="expected other runs"):
         collect([run / "loop_0.pth"], [control])
     other = with_seed(run, tmp_path / "other", 5)
     matched = collect([run / "loop_1.pth", other / "loop_1.pth"], [control, with_seed(run, tmp_path / "five", 5)])
-    names = {each.checkpoint.path.parent.name: each.references.get("control", "") for each in matched.values()}
+    names = {entry.checkpoint.path.parent.name: entry.references.get("control", "") for entry in matched.values()}
     assert names["x"].endswith(str(Path("control", "loop_1.pth"))) and names["other"].endswith(
         str(Path("five", "loop_1.pth"))
     )
@@ -111,7 +111,8 @@ def test_differences_are_paired():
 
 
 def test_reported_numbers_stand_beside_ours():
-    comparison = compared(results_at("x/loop_0.pth", 0.5, 0), reported={"pixel_ap": 45.27})
+    bench = SimpleNamespace(data=SimpleNamespace(reported={"pixel_ap": 45.27}))
+    comparison = compared(replace(results_at("x/loop_0.pth", 0.5, 0), bench=bench))
     reported = comparison.rows[AVERAGE][-1]
     assert reported.name.startswith("reported by AA-CLIP") and reported.values["pixel_ap"] == pytest.approx(0.4527)
     assert math.isnan(reported.values["pixel_aupro"])

@@ -18,7 +18,7 @@ from dataset.layouts import LAYOUTS
 from dataset.prepare import prepare, write_metadata
 from dataset.records import Record, write_records
 from dataset.sets import find_dataset, open_all, open_dataset, read_place
-from tests.test_data import listing
+from tests.conftest import listing
 
 
 def picture(path: Path, mask: bool = False) -> None:

@@ -75,7 +75,7 @@ def test_zero_start_gives_the_base_models_losses_and_maps(pair):
     for model in (base, extended):
         vv_start = model.backbone.default_vv_start
         model.set_stage("text")
-        first = encode_stage1(model, images, CLASSES, ClassText(model, bank, fixed=False), "off", vv_start, True)
+        first = encode_stage1(model, images, CLASSES, ClassText(model, bank, fixed=False), "frozen", vv_start, True)
         model.set_stage("image")
         text = ClassText(model, bank, fixed=True)
         second = encode(model, images, CLASSES, text)
@@ -98,7 +98,7 @@ def test_a_few_steps_move_both_modules_and_the_output(backbone):
         text = ClassText(model, bank, fixed=stage == "image")
         for _ in range(3):
             if stage == "text":
-                encoded = encode_stage1(model, images, CLASSES, text, "off", backbone.default_vv_start, True)
+                encoded = encode_stage1(model, images, CLASSES, text, "frozen", backbone.default_vv_start, True)
                 loss, _ = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
             else:
                 loss, _ = stage2_loss(*encode(model, images, CLASSES, text), backbone.scale, batch)

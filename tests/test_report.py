@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.standin import standin_images
 from forward_utils_cross_attention import PromptBank
 from tests.conftest import Scripts, make_model, move_cross_attention
+from utils.judging import Detector
 from utils.report.curves import draw_training
 from utils.report.pictures import attention_weights
 
@@ -109,7 +110,7 @@ def test_attention_sums_to_one_and_leaves_out_padding(backbone):
     model = make_model(backbone, text_cross_attn=True, image_cross_attn=True)
     move_cross_attention(model)
     bank = PromptBank(backbone, {"nut": "nut"}, "industrial")
-    weights = attention_weights(model, standin_images(1, backbone.img_size), "nut", bank)
+    weights = attention_weights(Detector.of(model, bank), standin_images(1, backbone.img_size), "nut")
     for rows in weights.values():
         assert np.allclose(rows.sum(dim=1), 1, atol=1e-5) and (rows >= 0).all()
     length = bank.lengths[0]
@@ -118,7 +119,8 @@ def test_attention_sums_to_one_and_leaves_out_padding(backbone):
     ends = bank.prompts.eot[0]
     assert ends.min() < length - 1
     assert not on_prompts[:, ends.argmin(), ends.min() + 1 :].any()
-    assert not any(attention_weights(make_model(backbone), standin_images(1, backbone.img_size), "nut", bank))
+    base = Detector.of(make_model(backbone), bank)
+    assert not attention_weights(base, standin_images(1, backbone.img_size), "nut")
 
 
 def test_attention_is_what_the_forward_attends_with(backbone):

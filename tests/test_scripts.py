@@ -21,7 +21,7 @@ from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
 from tests.conftest import EPOCHS, SMALL, assert_same_tensors, write_small_dataset
 from utils.checkpoints import load_checkpoint
-from utils.models import build_model
+from utils.models import ModelLoader, build_model
 from utils.report import plots
 from utils.testing import measure
 from utils.testing.measure import scores_by_class
@@ -285,7 +285,7 @@ def test_every_loop_is_tested_on_eval_datasets_and_training_does_not_notice(scri
         assert len(read_csv(other_root / "x" / f"loop_{loop}_other.csv")) == 2
         assert_same_tensors(other_root / "x" / f"loop_{loop}.pth", run / f"loop_{loop}.pth")
     log = (other_root / "x" / "train.log").read_text(encoding="utf-8")
-    assert log.count("less its base") == 2 and "x/loop_2" in log
+    assert log.count("less its base") == 2 and "x/loop_2" in log and "Going on" not in log
     assert (other_root / "x" / "training.png").exists()
     tested = read_csv(other_root / "x" / "loop_2_other.csv")
     command = ["test", "--ckpt", other_root / "x" / "loop_2.pth", "--dataset", "other", "--device", "cpu"]
@@ -324,18 +324,29 @@ def test_the_base_is_tested_once_and_a_signal_is_obeyed_after_the_batch(
     assert rows[1]["pixel_ap_base"] == rows[0]["pixel_ap"]
 
 
-def test_a_part_of_a_data_set_has_files_of_its_own(scripts, run, data_root, tmp_path, capsys):
-    folder = shutil.copytree(data_root / "small", tmp_path / "small")
-    lines = (folder / "full-shot.jsonl").read_text(encoding="utf-8").splitlines()
-    (folder / "part.jsonl").write_text("\n".join(lines[::2]), encoding="utf-8")
-    copy = shutil.copytree(run, tmp_path / "x")
-    for given in ("small", folder / "part.jsonl"):
-        command = ["test", "--ckpt", copy / "loop_1.pth", "--dataset", given, "--device", "cpu", "--resamples", 20]
-        assert scripts(*command, data_root=tmp_path) == 0
-        assert "NOT ZERO-SHOT: trained on small" in capsys.readouterr().err
-    images = [len(read_csv(copy / f"loop_1_{name}_images.csv")) for name in ("small", "small_part")]
-    assert images == [20, 10]
-    assert (copy / "comparison_small.json").exists() and (copy / "comparison_small_part.json").exists()
+def test_without_evaluation_no_model_is_loaded_again(scripts, base, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(ModelLoader, "__call__", lambda self, checkpoint: loaded.append(checkpoint))
+    command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "x", "--loops", "1"]
+    assert scripts(*command) == 0 and not loaded
+
+
+def test_what_does_not_fit_the_model_is_found_before_anything_is_made(scripts, tmp_path, capsys):
+    command = ["train", "--model_name", "demo", "--dataset", "demo_train", "--surgery_until_layer", "99"]
+    assert scripts(*command, "--save_path", tmp_path / "x", data_root=tmp_path / "data") == 2
+    assert "--surgery_until_layer 99: expected 1 to 13" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistyped_flag_gets_one_line(scripts, capsys):
+    assert scripts("train", "--datasets", "VisA") == 2
+    err = capsys.readouterr().err
+    assert "unrecognized arguments: --datasets VisA. Did you mean --dataset?" in err and err.count("\n") == 1
+
+
+def test_the_state_of_a_run_is_no_checkpoint(scripts, run, capsys):
+    assert scripts("test", "--ckpt", run / "state.pth", "--dataset", "small") == 2
+    assert "the state of a run" in capsys.readouterr().err
 
 
 def test_an_unknown_eval_dataset_ends_with_2_before_training(scripts, base, tmp_path, capsys):

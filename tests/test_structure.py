@@ -22,7 +22,7 @@ def test_what_an_import_does_not_load(imported, unwanted):
     assert not [name for name in loaded if name.startswith(unwanted)]
 
 
-def test_every_logger_of_the_repository_is_heard(capsys):
+def test_every_logger_of_the_repository_is_heard():
     program = (
         "import logging, forward_utils_cross_attention as f, utils.logs as logs\n"
         "logs.setup_logging()\n"

@@ -19,10 +19,10 @@ from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
 from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors, write_small_dataset
 from utils import checkpoints
+from utils.settings import Settings
 from utils.training.data import load_training_data
 from utils.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
 from utils.training.plan import Plan, plan_stages, vv_start
-from utils.training.settings import Settings
 from utils.training.trainer import Trainer
 
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
@@ -264,6 +264,7 @@ def test_stopped_and_started_again_gives_the_same_run(scripts, base, whole, tmp_
     assert f"Stopped by SIGTERM at {where}; the state is saved" in message and "error:" not in message
     assert not (tmp_path / "cut" / "loop_1.pth").exists()
     assert scripts(*command) == 0
+    assert f"Going on at {where}." in capsys.readouterr().err
     for loop in range(3):
         assert_same_tensors(tmp_path / "cut" / f"loop_{loop}.pth", whole / f"loop_{loop}.pth")
     assert without_time(tmp_path / "cut") == without_time(whole)
@@ -369,9 +370,17 @@ def test_nan_loss_names_the_batch_and_keeps_the_state(scripts, base, tmp_path, m
     assert all(t.isfinite().all() for module in state["modules"].values() for t in module.values())
 
 
-def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, capsys, error):
     def exhausted(self, stage, batch, text):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise error
 
     monkeypatch.setattr(Trainer, "losses", exhausted)
     command = ["train_cross_attention", *EXTEND, "--resume", base, "--loops", "1", "--save_path", tmp_path / "x"]

@@ -3,17 +3,15 @@
 import argparse
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NoReturn
-
-import torch
 
 from dataset.commands import add_data_root
 from dataset.constants import BLUR
 from model.adapter_cross_attention import ModelConfig, model_fields
 from model.backbone import WEIGHT_FOLDERS
+from utils.machine import Machine, default_device
 from utils.options import add_fields, add_flag, at_least
 
 
@@ -42,6 +40,9 @@ PRECISION: dict[str, Any] = {
 }
 
 
+DEFAULT_PRECISION = "fp32"
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description; shows defaults, but for flags whose help says what happens without them."""
 
@@ -61,10 +62,14 @@ class _Parser(argparse.ArgumentParser):
         try:
             return list(words)
         except ValueError as error:
-            self._refuse(f"{error} in the line '{arg_line.strip()}' of an @FILE")
+            self.error(f"{error} in the line '{arg_line.strip()}' of an @FILE")
 
-    def _refuse(self, message: str) -> NoReturn:
-        self.error(message)
+    def error(self, message: str) -> NoReturn:
+        """One line, not the list of all flags; a mistyped flag gets its likely name."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        likely = [get_close_matches(word, known, 1) for word in message.split() if word.startswith("--")]
+        hint = "".join(f" Did you mean {names[0]}?" for names in likely if names and names[0] not in message.split())
+        self.exit(2, f"{self.prog}: error: {message}.{hint} --help lists all flags.\n")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -78,10 +83,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, without: str, extension: bool = False) -> None:
-    """What the model is, with `extension` the cross-attentions too; `without` says what holds without a flag."""
+def add_model_arguments(parser: argparse.ArgumentParser, without: str, extension: str | None = None) -> None:
+    """What the model is; `without` says what holds without a flag, `extension` the same of the cross-attentions.
+
+    Without `extension` there are no flags of these.
+    """
     if extension:
-        add_fields(parser, ModelConfig, model_fields(extension=True), keep_open=without)
+        add_fields(parser, ModelConfig, model_fields(extension=True), keep_open=extension)
     add_fields(parser, ModelConfig, model_fields(extension=False), keep_open=without)
 
 
@@ -99,10 +107,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
         type=Path,
         help=f"CLIP's weight file; else {', '.join(WEIGHT_FOLDERS)} are searched, then it is downloaded",
     )
-    group.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device PyTorch computes on"
-    )
-    add_flag(group, "precision", str, PRECISION, "fp32")
+    group.add_argument("--device", default=default_device(), help="device PyTorch computes on")
+    add_flag(group, "precision", str, PRECISION, DEFAULT_PRECISION)
     return group
 
 
@@ -115,33 +121,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where things are and what computes; results do not depend on it."""
-
-    device: torch.device
-    clip_weights: Path | None
-    data_root: Path
-    num_workers: int
-
-
 def machine_of(args: argparse.Namespace) -> Machine:
-    """The machine of `add_run_arguments`. Raises ValueError where PyTorch cannot use its device."""
+    """The machine of `add_run_arguments`."""
     workers = args.num_workers
     if workers is None:
         workers = 4 if args.device.startswith("cuda") else 0
-    return Machine(device_of(args.device), args.clip_weights, Path(args.data_root), workers)
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device called `name`; None for a GPU where there is one. Raises ValueError where PyTorch cannot use it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without CUDA
-        raise ValueError(f"--device {name}: not usable here ({shorten(str(error), 160)}).") from error
-    return device
+    return Machine(args.device, args.clip_weights, Path(args.data_root), workers)
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return _load_base(path)
     if path.name == TEXT_FILE or re.fullmatch(r"image_adapter(_\d+)?\.pth", path.name):
         raise ValueError(f"{path}: one half of a base model. Give its folder, {path.parent}.")
+    if path.name == STATE_FILE:
+        raise ValueError(f"{path}: the state of a run, from which it goes on. Give a loop file, or the folder.")
     content = read(path)
     missing = [key for key in MODULES if key not in content]
     if missing:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import math
 import os
 import re
@@ -13,25 +14,38 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all is written: a crash leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """A file that takes the place of `path` when all is written: a crash leaves the old one or the new one.
+
+    What fails leaves no temporary file; its name is this process's own.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text, in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+    return path
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write rows with the columns of the first; undefined values (NaN, None) stay empty."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(
-            {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
-            for row in rows
-        )
-    return path
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(
+        {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        for row in rows
+    )
+    return write_text(path, text.getvalue())
 
 
 def file_sha256(path: Path) -> str:

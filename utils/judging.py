@@ -14,9 +14,9 @@ from dataset.loading import Batch
 from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, predict
 from model.adapter_cross_attention import CrossAttentionCLIP
-from utils.arguments import device_of
 from utils.calibration import Calibration
 from utils.checkpoints import checkpoint_names, checkpoints_of
+from utils.machine import device_of
 from utils.models import ModelLoader
 
 
@@ -107,13 +107,17 @@ class Detector:
     def __call__(self, image: str | Path | Image.Image) -> Verdict:
         """Judge an image, a file or an open one, of the one class that the detector knows.
 
-        Raises ValueError where a file is not readable as an image.
+        Raises ValueError where a file is not readable as an image, and where a map or score is not finite.
         """
         if isinstance(image, Image.Image):
             picture, name = as_rgb(image), "the image"
         else:
             picture, name = read_image(Path(image)), str(image)
         pixels, _ = Transform(self.model.backbone.img_size)(picture, None)
+        if len(self.text.bank.index) > 1:
+            raise ValueError(
+                f"A detector of one class judges an image; this one knows {', '.join(self.text.bank.index)}."
+            )
         (class_name,) = self.text.bank.index
         return self.verdict(self.predict(pixels[None], [class_name], [name]))
 
@@ -159,16 +163,18 @@ def decision_word(anomalous: bool | None) -> str:
 def caption(kind: str, score: float, probability: float | None, anomalous: bool | None) -> str:
     """What stands beneath a map: a score, which `kind` names, and the decision where there is one."""
     text = f"{kind} score {score:.3f}"
-    return text if probability is None else f"{text}, p {probability:.2f}: {decision_word(anomalous)}"
+    return text if probability is None else f"{text}\np {probability:.2f}: {decision_word(anomalous)}"
 
 
-def calibrated_extremes(detectors: list[Detector], seen: tuple[float, float]) -> tuple[list[tuple[float, float]], str]:
+def calibrated_extremes(
+    detectors: list[Detector], seen: tuple[float, float], of_what: str
+) -> tuple[list[tuple[float, float]], str]:
     """What each model's maps are scaled by where single images are judged, and what that is called.
 
     A model's extremes on images of training make pictures of different images comparable; where one has no
-    calibration, all take `seen`, the extremes of the maps in hand.
+    calibration, all take `seen`, the extremes `of_what`.
     """
     fitted = [detector.calibration.map_range for detector in detectors if detector.calibration]
     if len(fitted) == len(detectors):
         return fitted, "a model's extremes on images of training"
-    return [seen] * len(detectors), "the extremes of the maps shown"
+    return [seen] * len(detectors), f"the extremes of {of_what}"

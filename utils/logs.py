@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.backbone import REPOSITORY
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class _TqdmHandler(logging.Handler):

@@ -3,13 +3,14 @@
 What a flag is stands in its field: the annotation tells its type, `metadata` the rest:
 
     help       what it means and its unit
-    least      the smallest whole number that is allowed
+    least      the smallest number that is allowed
     positive   True for a number over 0
     choices    the values that are allowed
     parse      text -> value, where none of these will do
     flag       the flag's name, where it is not the field's (no_... switches off)
     without    what holds without the flag, where that is not the field's default
     group      title under which --help shows it
+    added      True for a value that older records do not have: they were made with its default
 """
 
 import argparse
@@ -20,17 +21,20 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any
 
+# The keys of such a description.
+DESCRIBED = {"help", "least", "positive", "choices", "parse", "flag", "without", "group", "added"}
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Parser of a whole number of at least `least`."""
 
-    def whole(text: str) -> int:
-        value = int(text)
+def at_least(least: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """Parser of a number of that kind of at least `least`."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
         return value
 
-    return whole
+    return number
 
 
 def finite(text: str) -> float:
@@ -49,12 +53,10 @@ def positive(text: str) -> float:
     return value
 
 
-def _parser_of(kind: type, about: Mapping[str, Any]) -> Callable[[str], Any]:
-    if kind is int and "least" in about:
-        return at_least(about["least"])
+def _parser_of(kind: Callable[[str], Any], about: Mapping[str, Any]) -> Callable[[str], Any]:
     if kind is float:
-        return positive if about.get("positive") else finite
-    return kind
+        kind = positive if about.get("positive") else finite
+    return at_least(about["least"], kind) if "least" in about else kind
 
 
 def _list_of_one(parse: Callable[[str], Any]) -> Callable[[str], list]:
@@ -76,13 +78,27 @@ def flag_fields(kind: type) -> list[Field]:
     return [field for field in fields(kind) if "help" in field.metadata]
 
 
+def completed(kind: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record of a dataclass says, and the values that were `added` to it later, as they were then."""
+    later = {field.name: default_of(field) for field in fields(kind) if field.metadata.get("added")}
+    return later | dict(recorded)
+
+
 def add_flag(
-    parser: argparse._ActionsContainer, name: str, annotation: Any, about: Mapping[str, Any], default: Any
+    parser: argparse._ActionsContainer,
+    name: str,
+    annotation: Any,
+    about: Mapping[str, Any],
+    default: Any,
+    several: bool = True,
 ) -> None:
     """Add a flag that is described as a field's `metadata` is.
 
-    A list takes several values where its default is one, else a single value, which becomes a list of one.
+    A list takes several values, or, where that is not meant, one, which becomes a list of one. Raises TypeError for a
+    description that is not understood.
     """
+    if unknown := about.keys() - DESCRIBED:
+        raise TypeError(f"{name}: a flag has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(DESCRIBED))}.")
     inner = [part for part in typing.get_args(annotation) if part is not NoneType]  # of int | None, of list[int]
     kind = inner[0] if inner else annotation
     flag = about.get("flag", name)
@@ -92,10 +108,11 @@ def add_flag(
         return
     parse = about.get("parse") or _parser_of(kind, about)
     if typing.get_origin(annotation) is list:
-        if isinstance(default, list):
+        if several:
             words["nargs"] = "+"
         else:
             parse = _list_of_one(parse)
+            words["default"] = str(default[0])  # which is parsed, and shown without brackets
     parser.add_argument(f"--{flag}", type=parse, choices=about.get("choices"), **words)
 
 
@@ -105,8 +122,9 @@ def add_fields(
     chosen: Iterable[Field],
     defaults: Mapping[str, Any] | None = None,
     keep_open: str | None = None,
+    several: bool = True,
 ) -> None:
-    """Add the flags of `chosen` fields of a dataclass, in the groups that they name.
+    """Add the flags of `chosen` fields of a dataclass, in the groups that they name; `several` as in `add_flag`.
 
     `defaults` go before the fields' own. With `keep_open`, what holds without a flag, said of each group, the flags
     have no default at all: then "not given" can be told from a value.
@@ -121,4 +139,4 @@ def add_fields(
         title = about["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title, keep_open and f"without a flag: {keep_open}")
-        add_flag(groups[title], field.name, annotations[field.name], about, default)
+        add_flag(groups[title], field.name, annotations[field.name], about, default, several)

@@ -115,6 +115,8 @@ def _draw_columns(axis: Axes, rows: list[dict[str, str]], names: list[str]) -> N
             axis.axvline(place - 0.5, color="grey", linewidth=0.5)
     axis.set_xlabel("epoch", fontsize=7)
     axis.tick_params(labelsize=6)
+    axis.yaxis.get_offset_text().set_fontsize(5)
+    axis.yaxis.get_offset_text().set_x(-0.2)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) > 1 and axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))

@@ -5,18 +5,17 @@ import io
 import math
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from PIL import Image
 
+from utils.files import write_text
 from utils.report.curves import draw_training
 from utils.report.tables import block_title, notes, percent
 from utils.testing.bootstrap import CONFIDENCE
 from utils.testing.comparison import Comparison
-from utils.testing.contenders import Contender
 from utils.testing.metrics import COLUMNS
 from utils.testing.results import AVERAGE, Row
 
@@ -86,8 +85,9 @@ def inline(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def write_report(contenders: Sequence[Contender], chapters: list[Chapter]) -> Path:
-    """Write report_<data sets>.html beside the last checkpoint."""
+def write_report(chapters: list[Chapter]) -> Path:
+    """Write report_<data sets>.html beside the last checkpoint; all chapters are about the same models."""
+    contenders = [result.contender for result in chapters[0].comparison.results]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -110,5 +110,4 @@ def write_report(contenders: Sequence[Contender], chapters: list[Chapter]) -> Pa
         trainings=[(folder, picture) for folder, picture in trainings if draw_training(folder / "log.csv", picture)],
         command=shlex.join(["python", *sys.argv]),
     )
-    path.write_text(content, encoding="utf-8")
-    return path
+    return write_text(path, content)

@@ -12,8 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from dataset.constants import class_prompts
 from dataset.loading import Batch
 from dataset.records import Record
-from forward_utils_cross_attention import ClassText, Prediction, PromptBank, encode
-from model.adapter_cross_attention import CrossAttention, CrossAttentionCLIP
+from forward_utils_cross_attention import Prediction, encode
+from model.adapter_cross_attention import CrossAttention
 from utils.files import safe_name
 from utils.judging import Detector, calibrated_extremes, caption, scaled
 from utils.report import plots
@@ -97,7 +97,7 @@ def draw_one(bench: Bench, contenders: Sequence[Contender], class_name: str, ind
     ((batch, found),) = bench.predictions(models, [record], num_workers=0)
     detectors = [bench.detector(contender) for contender in models]
     maps = torch.stack([prediction.maps[0] for prediction in found])
-    extremes, scaled_by = calibrated_extremes(detectors, (maps.min().item(), maps.max().item()))
+    extremes, scaled_by = calibrated_extremes(detectors, (maps.min().item(), maps.max().item()), "these maps")
     panels = [
         _judged_alone(detector, prediction, ends)
         for detector, prediction, ends in zip(detectors, found, extremes, strict=True)
@@ -132,7 +132,7 @@ def draw_loops(comparison: Comparison) -> Path | None:
 def _draw_attention(detector: Detector, batch: Batch, example: Example, title: str, stem: Path) -> list[Path]:
     """Which patches each prompt looks at, and which prompt tokens image tokens look at; as far as the model does."""
     model, bank, class_name = detector.model, detector.text.bank, batch["class_name"][0]
-    weights = attention_weights(model, batch["image"], class_name, bank)
+    weights = attention_weights(detector, batch["image"], class_name)
     prompts = class_prompts(bank.descriptions[class_name])
     tokens = [model.backbone.token_texts(prompt) for prompt in prompts]
     grid, paths = model.backbone.grid, []
@@ -166,12 +166,12 @@ def prompts_on_patches(weights: Tensor, lengths: list[int], grid: int) -> tuple[
 
 
 @torch.no_grad()
-def attention_weights(model: CrossAttentionCLIP, image: Tensor, class_name: str, bank: PromptBank) -> dict[str, Tensor]:
+def attention_weights(detector: Detector, image: Tensor, class_name: str) -> dict[str, Tensor]:
     """What the cross-attentions of a model look at in one image [1, 3, S, S], by the module's name; none that are off.
 
     `text_cross_attn` [P*L, patches + 1], CLS last; `image_cross_attn` [1 + patches, P*L], CLS first.
     """
-    seen: dict[str, tuple] = {}
+    model, seen = detector.model, dict[str, tuple]()
     modules = {name: module for name, module in model.trainable().items() if isinstance(module, CrossAttention)}
 
     def note(name: str, module: torch.nn.Module, inputs: tuple) -> None:
@@ -179,7 +179,7 @@ def attention_weights(model: CrossAttentionCLIP, image: Tensor, class_name: str,
 
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
     try:
-        encode(model, image.to(model.backbone.device), [class_name], ClassText(model, bank, fixed=True))
+        encode(model, image.to(model.backbone.device), [class_name], detector.text)
     finally:
         for hook in hooks:
             hook.remove()

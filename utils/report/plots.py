@@ -95,7 +95,7 @@ def _draw_example(row: Sequence[Axes], example: Example, most: float) -> None:
 def _draw_scale(figure: Figure, axes: np.ndarray, label: str) -> None:
     """The colours of the maps in `axes`, beneath them."""
     bar = figure.colorbar(axes[0, 0].images[0], ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.01)
-    bar.set_label(label, fontsize=6)
+    bar.set_label(_wrapped(label, 32 * axes.shape[1]), fontsize=6)
     bar.ax.tick_params(labelsize=6)
     bar.ax.xaxis.set_major_locator(MaxNLocator(4))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dataset.constants import DATA_SETS
 from dataset.sets import DataSet, count_images
-from utils.files import write_csv
+from utils.files import write_csv, write_text
 from utils.testing.bootstrap import CONFIDENCE, MIN_IMAGES, enough
 from utils.testing.comparison import Comparison
 from utils.testing.metrics import COLUMNS, METRICS, Sample
@@ -49,8 +49,7 @@ def text_table(comparison: Comparison, average_only: bool = False) -> str:
     width = 6 + max(len(row.name) for rows in blocks.values() for row in rows)
     groups = [group for group, _ in COLUMNS.values()]
     heads = ["" if group == before else group for before, group in zip(["", *groups], groups, strict=False)]
-    lines = [f"{'':{width}}" + "".join(f"{head:>9}" for head in heads)]
-    lines.append(f"{'':{width}}" + "".join(f"{title:>9}" for _, title in COLUMNS.values()))
+    lines = [_line("", heads, width), _line("", [title for _, title in COLUMNS.values()], width)]
     for name, rows in blocks.items():
         lines.append(block_title(comparison.data, name))
         for row in rows:
@@ -62,18 +61,22 @@ def text_table(comparison: Comparison, average_only: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _text_rows(row: Row, width: int, with_interval: bool) -> list[str]:
-    def line(name: str, cells: list[str]) -> str:
-        return f"{name:{width}}" + "".join(f"{cell:>9}" for cell in cells)
+def _line(name: str, cells: list[str], width: int) -> str:
+    """A name, and cells as wide as the widest title of a column."""
+    cell_width = max(9, *(1 + len(title) for _, title in COLUMNS.values()))
+    return f"{name:{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells)
 
+
+def _text_rows(row: Row, width: int, with_interval: bool) -> list[str]:
     indent = "    " if row.less else "  "
     cells = [f"{percent(row.values[m], bool(row.less))}{'*' if row.is_sure(m) else ''}" for m in COLUMNS]
-    lines = [line(indent + row.name, cells)]
+    lines = [_line(indent + row.name, cells, width)]
     if row.spread:
-        lines.append(line(f"{indent}  ± over seeds", [percent(row.spread[m]) for m in COLUMNS]))
+        lines.append(_line(f"{indent}  ± over seeds", [percent(row.spread[m]) for m in COLUMNS], width))
     if with_interval and row.less and any(not math.isnan(row.low[m]) for m in row.low):
         bounds = (f"{CONFIDENCE:.0%} from", row.low), ("to", row.high)
-        lines += [line(f"{indent}  {title:>9}", [percent(side[m], True) for m in COLUMNS]) for title, side in bounds]
+        for title, side in bounds:
+            lines.append(_line(f"{indent}  {title:>9}", [percent(side[m], True) for m in COLUMNS], width))
     return lines
 
 
@@ -105,23 +108,25 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def write_results(results: Results, data: DataSet, precision: str) -> list[Path]:
+def write_results(results: Results) -> list[Path]:
     """Write a model's results by class, and by image, beside its checkpoint.
 
     <loop>_<data set>.csv and <loop>_<data set>_images.csv; in a base's folder, base_...
     """
     stem = results.contender.checkpoint.stem
+    data = results.bench.data
     name = f"{stem.name}_{data.name}"
     images = [row for class_name, sample in results.samples.items() for row in _image_rows(class_name, sample, data)]
     return [
-        write_csv(stem.with_name(f"{name}.csv"), _class_rows(results, data, precision)),
+        write_csv(stem.with_name(f"{name}.csv"), _class_rows(results)),
         write_csv(stem.with_name(f"{name}_images.csv"), images),
     ]
 
 
-def _class_rows(results: Results, data: DataSet, precision: str) -> list[dict]:
+def _class_rows(results: Results) -> list[dict]:
     """A row of the CSV for each class and for the average."""
-    contender, counts = results.contender, count_images(data.records)
+    contender, data = results.contender, results.bench.data
+    counts = count_images(data.records)
     normal, anomalous = map(sum, zip(*counts.values(), strict=True))
     rows = []
     for class_name in results.values:
@@ -129,11 +134,11 @@ def _class_rows(results: Results, data: DataSet, precision: str) -> list[dict]:
         row |= {"dataset": data.name, "class": class_name}
         row |= dict(zip(("normal", "anomalous"), counts.get(class_name, (normal, anomalous)), strict=True))
         row |= _cells(results.rows[class_name])
-        for title, other in results.references.items():
-            row |= {f"{metric}_{title}": value for metric, value in other.values[class_name].items()}
-            row |= _cells(results.differences[title][class_name], f"_less_{title}")
+        for role, other in results.references.items():
+            row |= {f"{metric}_{role}": value for metric, value in other.values[class_name].items()}
+            row |= _cells(results.differences[role][class_name], f"_less_{role}")
         row |= {"trained_on_this_data_set": contender.was_trained_on(data)}
-        rows.append(row | {"img_size": contender.model.config.img_size, "precision": precision})
+        rows.append(row | {"img_size": contender.model.config.img_size, "precision": results.bench.batching.precision})
     return rows
 
 
@@ -167,15 +172,14 @@ def write_json(comparison: Comparison, path: Path) -> Path:
         "dataset": data.name,
         "images": len(data.records),
         "interval": {"confidence": CONFIDENCE, "resamples": comparison.resamples},
-        "models": [_describe(result, data) for result in comparison.results],
+        "models": [_describe(result) for result in comparison.results],
         "rows": {name: [_plain(row) for row in rows] for name, rows in comparison.rows.items()},
         "notes": notes(comparison),
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
-def _describe(result: Results, data: DataSet) -> dict:
+def _describe(result: Results) -> dict:
     """Which model a result is of."""
     contender, checkpoint = result.contender, result.contender.checkpoint
     return {
@@ -183,8 +187,8 @@ def _describe(result: Results, data: DataSet) -> dict:
         "checkpoint": checkpoint.path.as_posix(),
         "loop": checkpoint.loop,
         "seed": checkpoint.seed,
-        "compared_with": {title: other.name for title, other in contender.references.items()},
-        "trained_on_this_data_set": contender.was_trained_on(data),
+        "compared_with": {role: other.name for role, other in contender.references.items()},
+        "trained_on_this_data_set": contender.was_trained_on(result.bench.data),
         "clip_sha256": contender.model.backbone.sha256,
     }
 
@@ -201,20 +205,19 @@ def _plain(row: Row) -> dict:
 def write_latex(comparison: Comparison, path: Path) -> Path:
     """Write the average's rows as a tabular for booktabs, in percent; intervals and deviations small beside values."""
     groups = [group for group, _ in COLUMNS.values()]
-    spans = [f"\\multicolumn{{{groups.count(group)}}}{{c}}{{{group}}}" for group in dict.fromkeys(groups)]
+    spans = [f"\\multicolumn{{{groups.count(group)}}}{{c}}{{{latex_text(group)}}}" for group in dict.fromkeys(groups)]
     lines = [
         f"\\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
         "\\toprule",
         " & ".join(["", *spans]) + " \\\\",
-        " & ".join(["", *(title for _, title in COLUMNS.values())]) + " \\\\",
+        " & ".join(["", *(latex_text(title) for _, title in COLUMNS.values())]) + " \\\\",
         "\\midrule",
     ]
     for row in comparison.rows[AVERAGE]:
         indent = "\\quad " if row.less else ""
         cells = [indent + latex_text(row.name), *(latex_cell(row, name) for name in COLUMNS)]
         lines.append(" & ".join(cells) + " \\\\")
-    path.write_text("\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""]), encoding="utf-8")
-    return path
+    return write_text(path, "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""]))
 
 
 def latex_cell(row: Row, metric: str) -> str:

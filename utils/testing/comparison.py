@@ -8,6 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from dataset.sets import DataSet
+from model.adapter_cross_attention import ModelConfig
+from utils.options import completed
+from utils.settings import Settings
 from utils.testing.bench import Bench
 from utils.testing.metrics import METRICS
 from utils.testing.results import AVERAGE, Results, Row
@@ -17,9 +20,13 @@ from utils.testing.results import AVERAGE, Results, Row
 class Comparison:
     """Results of several models on one bench, in the order in which they are shown; `resamples`: of the intervals."""
 
-    bench: Bench
     results: Sequence[Results]
     resamples: int
+
+    @property
+    def bench(self) -> Bench:
+        """The bench of all results."""
+        return self.subject.bench
 
     @property
     def data(self) -> DataSet:
@@ -78,12 +85,14 @@ def same_but_for_seed(results: Sequence[Results]) -> list[dict[int, Results]]:
         if checkpoint.seed is None:
             continue
         own, of_base = (
-            {name: value for name, value in (settings or {}).items() if name != "seed"}
+            {name: value for name, value in completed(Settings, settings).items() if name != "seed"} if settings else {}
             for settings in (None if checkpoint.is_base else checkpoint.training, checkpoint.base.get("training"))
         )
         # The settings of AA-CLIP's own bases are not known: then it must be the same one.
         which = of_base or checkpoint.base["sha256"]
-        key = repr((checkpoint.loop, checkpoint.model, own, which, "continued_from" in checkpoint.base))
+        model = completed(ModelConfig, checkpoint.model or {})
+        same = [sorted(record.items()) for record in (model, own, which)]
+        key = repr((checkpoint.loop, *same, "continued_from" in checkpoint.base))
         groups.setdefault(key, {})[checkpoint.seed] = result
     return [group for group in groups.values() if len(group) > 1]
 
@@ -93,9 +102,9 @@ def pooled(by_seed: dict[int, Results]) -> list[Row]:
     group = list(by_seed.values())
     name = f"mean of {group[0].name} over seeds {', '.join(map(str, sorted(by_seed)))}"
     rows = [_mean(name, None, [result.rows[AVERAGE] for result in group])]
-    for title in ("base", "control"):
-        if all(title in result.references for result in group):
-            rows.append(_mean(name, title, [result.differences[title][AVERAGE] for result in group]))
+    for role in ("base", "control"):
+        if all(role in result.references for result in group):
+            rows.append(_mean(name, role, [result.differences[role][AVERAGE] for result in group]))
     return rows
 
 

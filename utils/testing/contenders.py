@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.sets import DataSet, canonical_name
-from model.adapter_cross_attention import CrossAttentionCLIP, model_fields
+from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
 from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of, load_checkpoint
+from utils.options import completed
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """A model under test; `references`: what it is compared with, {"base": ..., "control": ...}; a base: nothing."""
 
@@ -39,7 +40,8 @@ def identity(checkpoint: Checkpoint) -> str:
     """The same for two checkpoints of one model: a base is known by its files and how it reads them, in any run."""
     if checkpoint.is_base:
         names = {entry.name for entry in model_fields(extension=True)}
-        model = {name: value for name, value in (checkpoint.model or {}).items() if name not in names}
+        known = completed(ModelConfig, checkpoint.model or {})
+        model = {name: value for name, value in known.items() if name not in names}
         return " ".join([*sorted(checkpoint.base["sha256"].values()), repr(sorted(model.items()))])
     return str(checkpoint.path.resolve())
 
@@ -55,7 +57,7 @@ def load_contenders(
     names = checkpoint_names([entry.checkpoint for entry in wanted.values()])
     found: dict[str, Contender] = {}
     for (key, (checkpoint, references)), name in zip(wanted.items(), names, strict=True):
-        known = {title: found[other] for title, other in references.items()}
+        known = {role: found[other] for role, other in references.items()}
         found[key] = Contender(checkpoint, load(checkpoint), name, known)
     return list(found.values())
 
@@ -89,8 +91,8 @@ def collect(paths: list[Path], controls: list[Path]) -> dict[str, Wanted]:
     if controls and not any("control" in wanted.references for wanted in found.values()):
         loops = sorted({checkpoint.loop for checkpoint in pool})
         raise ValueError(
-            f"--control {' '.join(map(str, controls))}: expected other runs with the loops of --ckpt; found loops "
-            f"{loops}, none of which is the loop (and where there are several the seed) of another run in --ckpt."
+            f"--control {' '.join(map(str, controls))}: expected other runs with the loops of --ckpt, of the same "
+            f"seeds where there are several. Found loops {loops}; none of them goes with a run in --ckpt."
         )
     return found
 
@@ -100,7 +102,8 @@ def warn_of_extensions(controls: list[Checkpoint]) -> None:
     for control in controls:
         feedback = (control.training or {}).get("feedback", "off")
         if feedback != "off" or any(control.modules[name] for name in control.modules if "cross" in name):
-            logger.warning("--control: %s is no longer base: it has feedback or cross-attention.", control.path)
+            what = "it has feedback or cross-attention"
+            logger.warning("--control: %s is not longer training alone: %s.", control.path, what)
 
 
 def choose_control(checkpoint: Checkpoint, controls: list[Checkpoint]) -> Checkpoint | None:
@@ -110,7 +113,7 @@ def choose_control(checkpoint: Checkpoint, controls: list[Checkpoint]) -> Checkp
     same = [control for control in controls if control.loop == checkpoint.loop]
     own = [control for control in same if control.seed == checkpoint.seed] if len(same) > 1 else same
     if not own:
-        logger.warning("--control: has no loop %d for %s.", checkpoint.loop, checkpoint.path)
+        logger.warning("--control: none of its files is loop %d, to compare %s with.", checkpoint.loop, checkpoint.path)
         return None
     if len(own) > 1:
         raise ValueError(f"--control: {len(own)} are loop {own[0].loop} of seed {own[0].seed}.")

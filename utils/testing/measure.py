@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,6 +16,23 @@ from utils.testing.metrics import METRICS, ClassScores, Sample, find_defects, me
 from utils.testing.results import AVERAGE, Results
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Taken:
+    """What is taken in of a contender, class by class, to be its `Results`."""
+
+    contender: Contender
+    samples: dict[str, Sample] = field(default_factory=dict)
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    resampled: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def average(self, resamples: int) -> None:
+        """Add the average of the classes, without intervals where a class has too few images."""
+        self.values[AVERAGE] = mean_over_classes(list(self.values.values()))
+        self.resampled[AVERAGE] = mean_over_classes(list(self.resampled.values()))
+        if not all(enough(sample.labels) for sample in self.samples.values()):
+            self.resampled[AVERAGE] = dict.fromkeys(METRICS, np.full(resamples, np.nan))
 
 
 def measure(
@@ -30,27 +48,23 @@ def measure(
     `earlier` are results on the same bench with the same `resamples` and `seed`: these models are not tested again.
     `after_batch` may end the work by an exception.
     """
-    known = {id(result.contender): result for result in earlier}
-    tested = [contender for contender in contenders if id(contender) not in known]
-    samples: list[dict[str, Sample]] = [{} for _ in tested]
-    values: list[dict[str, dict[str, float]]] = [{} for _ in tested]
-    resampled: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in tested]
-    for class_name, scores in scores_by_class(bench, tested, after_batch):
-        of_class = [of_model.sample() for of_model in scores]
+    known = {result.contender: result for result in earlier}
+    tested = [Taken(contender) for contender in contenders if contender not in known]
+    for class_name, scores in scores_by_class(bench, [taken.contender for taken in tested], after_batch):
+        samples = [of_model.sample() for of_model in scores]
         # Drawn by class and seed alone, so that models which are tested apart have the same draws.
-        draws = resample(of_class, (seed, list(bench.data.descriptions).index(class_name)), resamples)
-        for row in range(len(tested)):
-            samples[row][class_name] = of_class[row]
-            values[row][class_name] = scores[row].metrics(of_class[row])
-            resampled[row][class_name] = draws[row]
-    for row, contender in enumerate(tested):
-        values[row][AVERAGE] = mean_over_classes(list(values[row].values()))
-        resampled[row][AVERAGE] = mean_over_classes(list(resampled[row].values()))
-        if not all(enough(sample.labels) for sample in samples[row].values()):
-            resampled[row][AVERAGE] = dict.fromkeys(METRICS, np.full(resamples, np.nan))
-        references = {title: known[id(other)] for title, other in contender.references.items()}
-        known[id(contender)] = Results(contender, samples[row], values[row], resampled[row], references)
-    comparison = Comparison(bench, [known[id(contender)] for contender in contenders], resamples)
+        draws = resample(samples, (seed, list(bench.data.descriptions).index(class_name)), resamples)
+        for taken, of_model, sample, resampled in zip(tested, scores, samples, draws, strict=True):
+            taken.samples[class_name] = sample
+            taken.values[class_name] = of_model.metrics(sample)
+            taken.resampled[class_name] = resampled
+    for taken in tested:
+        taken.average(resamples)
+        references = {role: known[other] for role, other in taken.contender.references.items()}
+        known[taken.contender] = Results(
+            bench, taken.contender, taken.samples, taken.values, taken.resampled, references
+        )
+    comparison = Comparison([known[contender] for contender in contenders], resamples)
     if comparison.trained_here:
         logger.warning(
             "NOT ZERO-SHOT: trained on %s, the data set of this test: %s. "

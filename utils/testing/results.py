@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from utils.testing.bench import Bench
 from utils.testing.bootstrap import interval
 from utils.testing.contenders import Contender
 from utils.testing.metrics import METRICS, Sample
@@ -43,11 +44,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A contender's results on a bench, and those of what it is compared with.
+    """A contender's results on a bench, and those of what it is compared with, by their roles ("base", "control").
 
     By class: `samples`. By class and for AVERAGE: `values` {metric: value} and `resampled` {metric: [R]}.
     """
 
+    bench: Bench
     contender: Contender
     samples: Mapping[str, Sample]
     values: Mapping[str, Mapping[str, float]]
@@ -79,23 +81,23 @@ class Results:
     def differences(self) -> dict[str, dict[str, Row]]:
         """{"base" or "control": what the model has less than it, image by image, by class and for AVERAGE}."""
         return {
-            title: {class_name: self._less(other, title, class_name) for class_name in self.values}
-            for title, other in self.references.items()
+            role: {class_name: self._less(other, role, class_name) for class_name in self.values}
+            for role, other in self.references.items()
         }
 
-    def _less(self, other: "Results", title: str, class_name: str) -> Row:
+    def _less(self, other: "Results", role: str, class_name: str) -> Row:
         mine, theirs = self.values[class_name], other.values[class_name]
         values = {metric: mine[metric] - theirs[metric] for metric in METRICS}
         draws, others = self.resampled[class_name], other.resampled[class_name]
         return Row(
-            self.name, title, values, *_bounds(values, {metric: draws[metric] - others[metric] for metric in METRICS})
+            self.name, role, values, *_bounds(values, {metric: draws[metric] - others[metric] for metric in METRICS})
         )
 
     def improvement(self, class_name: str) -> np.ndarray:
         """How much better than its base the model is on each image of a class [n].
 
         Of an anomalous image with a mask the difference of pixel AP; of another that of the published score, towards
-        its label.
+        its label. Raises KeyError where there is no base to compare with.
         """
         mine, theirs = self.samples[class_name], self.references["base"].samples[class_name]
         moved = (mine.published_scores - theirs.published_scores) * np.where(mine.labels, 1, -1)

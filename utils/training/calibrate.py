@@ -13,9 +13,9 @@ from dataset.transforms import Transform
 from utils import calibration
 from utils.judging import Detector, judge_batches
 from utils.logs import progress
+from utils.settings import Settings
 from utils.training.data import TrainingData
 from utils.training.plan import Plan
-from utils.training.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataset.prepare import prepare
 from dataset.records import Record, digest, hold_out
 from dataset.sets import draw_few_shot, open_dataset
 from dataset.transforms import Transform
-from utils.training.settings import Settings
+from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
 

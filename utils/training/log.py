@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_cross_attention import MODULES, STAGES
-from utils.files import replacing
+from utils.files import write_text
 from utils.training.measures import Means
 from utils.training.plan import Plan, Position, Stage, stage_title
 
@@ -57,12 +57,11 @@ class CsvLog:
         if self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values() and keep(row)]
-        with replacing(self.path) as binary:
-            text = io.TextIOWrapper(binary, encoding="utf-8", newline="")
-            writer = csv.DictWriter(text, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            text.detach()  # which hands on what it holds and leaves the file open
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
 
     def write(self, row: dict) -> None:
         """Append a row; columns that it lacks stay empty."""
@@ -96,6 +95,14 @@ class TrainingLog:
         self.csv.open(keep=lambda row: _row_order(row) < now)
         if self._open_board:
             self._board = self._open_board(self.plan.folder / "tensorboard")
+
+    def state(self) -> dict:
+        """What exact continuation needs, for `restore`."""
+        return {"means": self.means.totals, "metrics": self.metrics}
+
+    def restore(self, state: dict) -> None:
+        """Take up a state of an earlier start."""
+        self.means, self.metrics = Means(state["means"]), state["metrics"]
 
     def step(self, position: Position, values: Mapping[str, float], rates: Mapping[str, float]) -> None:
         """Take in a step; the first of a stage have rows of their own."""

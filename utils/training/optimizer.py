@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from utils.settings import Settings
 from utils.training.plan import Stage
-from utils.training.settings import Settings
 
 ADAM_BETAS = (0.5, 0.999)
 # Stage 2's learning rate is halved at these steps of the stage, as published.
@@ -30,9 +30,10 @@ def set_learning_rates(
     milestones = MILESTONES if stage.name == "image" else ()
     factor = learning_rate_factor(settings.lr_schedule, step, steps, settings.warmup_steps, milestones)
     rates = [rate * factor for rate in (stage.lr, stage.cross_attn_lr)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+    rates = rates[: len(optimizer.param_groups)]  # the cross-attention may be switched off
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    return dict(zip(("lr", "lr_cross_attn"), rates[: len(optimizer.param_groups)], strict=False))
+    return dict(zip(("lr", "lr_cross_attn"), rates, strict=False))
 
 
 def learning_rate_factor(

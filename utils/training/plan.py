@@ -9,7 +9,7 @@ from torch import nn
 
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, empty_backbone
-from utils.training.settings import Settings
+from utils.settings import Settings
 
 
 def stage_title(name: str) -> str:

@@ -3,15 +3,17 @@
 import logging
 from pathlib import Path
 
+from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
 from utils import checkpoints
-from utils.arguments import Machine
 from utils.checkpoints import Checkpoint
+from utils.machine import Machine
 from utils.models import build_model, check_clip
+from utils.options import completed
+from utils.settings import Settings
 from utils.training.data import load_training_data
 from utils.training.log import tensorboard_writer
 from utils.training.plan import Plan, describe_plan
-from utils.training.settings import completed
 from utils.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ def start(
     `checkpoint` is what the run starts from, None for a fresh base; `in_memory` keeps its images there. Nothing of the
     run is written yet. Raises ValueError or OSError for bad input.
     """
+    description = describe_plan(plan)  # which finds what does not fit the model, before anything is read or made
     state = open_run(plan)
     if state and state["position"][0] > plan.last_loop:
         logger.info("%s is finished up to loop %d; there is nothing left to train.", plan.folder, plan.last_loop)
@@ -38,7 +41,7 @@ def start(
     if state:
         check_clip(state["clip_sha256"], backbone, f"{plan.folder}: this run has CLIP weights of SHA-256")
         check_data(state, data.summary, plan.folder)
-    logger.info("%s\n\nCLIP weights of SHA-256 %s\n", describe_plan(plan), backbone.sha256)
+    logger.info("%s\n\nCLIP weights of SHA-256 %s\n", description, backbone.sha256)
     return trainer
 
 
@@ -86,7 +89,10 @@ def _origin(header: dict) -> tuple:
 
 def differences(before: dict, now: dict) -> list[str]:
     """A line for each argument of a run that is not what it was."""
-    pairs = ((before["model"], now["model"]), (completed(before["training"]), now["training"]))
+    pairs = (
+        (completed(ModelConfig, before["model"]), now["model"]),
+        (completed(Settings, before["training"]), now["training"]),
+    )
     return [
         f"  {name}: {old.get(name)} before, {new.get(name)} now"
         for old, new in pairs

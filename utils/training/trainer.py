@@ -1,5 +1,6 @@
 """Training: the two stages of each loop, shared by both trainers, with exact continuation."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from utils.training.measures import Means, added_terms, gradient_norms, to_float
 from utils.training.optimizer import make_optimizer, set_learning_rates
 from utils.training.plan import Plan, Position, Stage, shot_file, vv_start
 from utils.training.session import session
+
+logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 300
 
@@ -76,8 +79,7 @@ class Trainer:
                 "modules": checkpoints.states(self.model),
                 "optimizers": self.optimizer_states,
                 "position": tuple(self.position),
-                "means": self.log.means.totals,
-                "metrics": self.log.metrics,
+                **self.log.state(),
                 "rng": torch.get_rng_state(),
                 "clip_sha256": self.model.backbone.sha256,
                 "data": self.data.summary,
@@ -92,7 +94,8 @@ class Trainer:
             module.load_state_dict(state["modules"][name])
         self.optimizer_states = state["optimizers"]
         self.position = Position(*state["position"])
-        self.log.means, self.log.metrics = Means(state["means"]), state["metrics"]
+        self.log.restore(state)
+        # Nothing draws from it today; a module that does (dropout, say) goes on as it would have.
         torch.set_rng_state(state["rng"])
 
     # the run
@@ -108,6 +111,7 @@ class Trainer:
         """Train what is left, stage by stage; each is handed out when it is trained, before that is saved as done."""
         if self._state:
             self._restore(self._state)
+            logger.info("Going on at %s.", self.position)
         self.log.open(self.position)
         self._saved_at = time.monotonic()
         now = self.position.order()
@@ -185,7 +189,7 @@ class Trainer:
         images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
         target = {key: batch[key].to(self.device, non_blocking=True) for key in ("mask", "label")}
         target["has_mask"] = batch["has_mask"]
-        if stage.features:  # Stage 1
+        if stage.features is not None:  # Stage 1, which looks at something
             across_batch = settings.vv_attention == "batch"
             patches, anchors = encode_stage1(
                 model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision
@@ -245,7 +249,7 @@ class Trainer:
             )
 
     def _tried(self) -> str:
-        """Where the run is and what it needs memory for."""
+        """Where the run is, what it needs memory for, and what to try instead."""
         flag, size = f"--{self.position.stage}_batch_size", self.model.backbone.img_size
         batch = getattr(self.settings, f"{self.position.stage}_batch_size")
         return (

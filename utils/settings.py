@@ -7,8 +7,8 @@ from typing import Any
 
 from dataset.transforms import AUGMENTATIONS
 from forward_utils_cross_attention import FEEDBACK
-from utils.arguments import CLASS_NAME, DOMAIN, PRECISION
-from utils.options import add_fields, at_least, default_of, flag_fields
+from utils.arguments import CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION
+from utils.options import add_fields, at_least, flag_fields
 
 # Titles, in --help, of the flags that a base model's training does not have, and of those that each script has anyway.
 LOOPS, MACHINE = "feedback loop", PRECISION["group"]
@@ -31,10 +31,7 @@ def _fraction(text: str) -> float:
 
 
 def _flag(help: str, default: Any, group: str = "training", **about: Any) -> Any:
-    """A field that is a flag; `about` as in `utils.options`.
-
-    `added` marks a setting that older runs do not name: they trained with its default.
-    """
+    """A field that is a flag; `about` as in `utils.options`."""
     chosen = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**chosen, metadata={"help": help, "group": group, **about})
 
@@ -69,8 +66,10 @@ class Settings:
         added=True,
     )
     seed: int = _flag("of new weights, sample order, augmentation and draws", 111, least=0)
-    text_epoch: list[int] = _flag("epochs of Stage 1, loop by loop; the last repeats", [5, 3, 2], least=1)
-    image_epoch: list[int] = _flag("the same of Stage 2", [20, 10, 5], least=1)
+    text_epoch: list[int] = _flag(
+        "epochs of Stage 1, where there are loops one for each; the last repeats", [5, 3, 2], least=1
+    )
+    image_epoch: list[int] = _flag("epochs of Stage 2, likewise", [20, 10, 5], least=1)
     text_batch_size: int = _flag("images per step of Stage 1", 16, least=1)
     image_batch_size: int = _flag("images per step of Stage 2", 2, least=1)
     text_lr: float = _flag("learning rate of Stage 1", 1e-5, positive=True)
@@ -115,7 +114,7 @@ class Settings:
     optimizer_state: str = _flag(
         "Adam's moments at the start of later loops", "reset", LOOPS, choices=("reset", "carry")
     )
-    precision: str = field(default="fp32", metadata=PRECISION)
+    precision: str = field(default=DEFAULT_PRECISION, metadata=PRECISION)
 
 
 def add_settings(parser: argparse.ArgumentParser, own: Mapping[str, Any] | None = None, loops: bool = True) -> None:
@@ -126,7 +125,7 @@ def add_settings(parser: argparse.ArgumentParser, own: Mapping[str, Any] | None 
     chosen = [entry for entry in flag_fields(Settings) if entry.metadata["group"] != MACHINE]
     if not loops:
         chosen = [entry for entry in chosen if entry.metadata["group"] != LOOPS]
-    add_fields(parser, Settings, chosen, own)
+    add_fields(parser, Settings, chosen, own, several=loops)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,9 +148,3 @@ def settings_of(args: argparse.Namespace, fixed: Mapping[str, Any] | None = None
     """The settings of a run, from the arguments of the same names; what is no argument is `fixed` or the default."""
     given = {entry.name: getattr(args, entry.name) for entry in fields(Settings) if hasattr(args, entry.name)}
     return Settings(**{**(fixed or {}), **given})
-
-
-def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a run has recorded, and those that came later with what they were then."""
-    later = {entry.name: default_of(entry) for entry in fields(Settings) if entry.metadata.get("added")}
-    return later | dict(recorded)
