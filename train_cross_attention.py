@@ -160,12 +160,12 @@ def main() -> None:
         print(describe_plan(plan))
         return
     machine = arguments.machine_of(args)
-    data_sets = open_eval_sets(args.eval_dataset, machine.data_root)
     trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard)
     if trainer is None:
         return
     backbone = trainer.model.backbone
     batching = Batching(EVAL_BATCH, machine.num_workers, plan.settings.precision)
+    data_sets = open_eval_sets(args.eval_dataset, machine.data_root)
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
     with trainer.session():
