@@ -71,7 +71,7 @@ def main() -> None:
     trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard)
     if trainer is None:
         return
-    with trainer.session():
+    with trainer.running():
         for stage in trainer.stages():
             save_stage(trainer, stage)
     same = arguments.as_words(arguments.given(args, "dataset", "domain", "class_name", "shot"))

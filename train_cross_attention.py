@@ -168,7 +168,7 @@ def main() -> None:
     data_sets = open_eval_sets(args.eval_dataset, machine.data_root)
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
-    with trainer.session():
+    with trainer.running():
         keep_base(trainer, checkpoint)
         for stage in trainer.stages():
             if stage.name == "image":  # a loop ends with Stage 2

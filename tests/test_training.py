@@ -52,7 +52,7 @@ def make_trainer(backbone, data_root, folder, loops=1, config=BOTH, kind=Trainer
 
 def train(trainer: Trainer) -> list:
     """Train to the end; the stages."""
-    with trainer.session():
+    with trainer.running():
         return list(trainer.stages())
 
 
@@ -172,7 +172,7 @@ def test_optimiser_state_resets_or_carries(backbone, data_root, tmp_path):
     moments = {}
     for choice in ("reset", "carry"):
         trainer = make_trainer(backbone, data_root, tmp_path / choice, loops=2, optimizer_state=choice)
-        with trainer.session():
+        with trainer.running():
             moments[choice] = [
                 (stage.name, int(trainer.optimizer_states[stage.name]["state"][0]["step"]))
                 for stage in trainer.stages()

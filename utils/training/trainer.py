@@ -23,11 +23,11 @@ from utils.logs import log_to_file, progress
 from utils.signals import StopSignal
 from utils.training.calibrate import calibrate
 from utils.training.data import TrainingData
+from utils.training.guard import guarded
 from utils.training.log import TrainingLog
 from utils.training.measures import Means, added_terms, gradient_norms, to_floats, update_norms
 from utils.training.optimizer import make_optimizer, set_learning_rates
 from utils.training.plan import Plan, Position, Stage, shot_file, vv_start
-from utils.training.session import session
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,10 @@ class Trainer:
     # the run
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """The run's folder is open, signals end the running step, what fails is a TrainingError; see `session`."""
+    def running(self) -> Iterator[None]:
+        """The run's folder is open, signals end the running step, what fails is a TrainingError; see `guarded`."""
         self.open_folder()
-        with session(self.folder, self._tried) as self.stop:
+        with guarded(self.folder, self._tried) as self.stop:
             yield
 
     def stages(self) -> Iterator[Stage]:

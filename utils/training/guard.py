@@ -16,7 +16,7 @@ OUT_OF_MEMORY = "you tried to allocate"
 
 
 @contextmanager
-def session(folder: Path, doing: Callable[[], str]) -> Iterator[StopSignal]:
+def guarded(folder: Path, doing: Callable[[], str]) -> Iterator[StopSignal]:
     """Within it, SIGINT and SIGTERM are noted, and what fails raises TrainingError; the last state is in `folder`.
 
     `doing()` tells, for an error of memory, what was tried and what to try instead.
