@@ -32,7 +32,7 @@ def _fraction(text: str) -> float:
 
 def _flag(help: str, default: Any, group: str = "training", **about: Any) -> Any:
     """A field that is a flag; `about` as in `utils.options`."""
-    chosen = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    chosen: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**chosen, metadata={"help": help, "group": group, **about})
 
 

@@ -187,8 +187,11 @@ class Trainer:
         """Loss of the stage on a batch, and its terms without gradient."""
         settings, model = self.settings, self.model
         images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
-        target = {key: batch[key].to(self.device, non_blocking=True) for key in ("mask", "label")}
-        target["has_mask"] = batch["has_mask"]
+        target = {
+            "mask": batch["mask"].to(self.device, non_blocking=True),
+            "label": batch["label"].to(self.device, non_blocking=True),
+            "has_mask": batch["has_mask"],
+        }
         if stage.features is not None:  # Stage 1, which looks at something
             across_batch = settings.vv_attention == "batch"
             patches, anchors = encode_stage1(
