@@ -38,8 +38,6 @@ PRECISION: dict[str, Any] = {
     "choices": ("fp32", "bf16"),
     "group": "places and machine",
 }
-
-
 DEFAULT_PRECISION = "fp32"
 
 
@@ -101,7 +99,7 @@ def add_own_data_arguments(parser: argparse._ActionsContainer) -> None:
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Where CLIP is and what computes."""
-    group = parser.add_argument_group("places and machine")
+    group = parser.add_argument_group(PRECISION["group"])
     group.add_argument(
         "--clip_weights",
         type=Path,

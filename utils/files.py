@@ -36,10 +36,10 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Write rows with the columns of the first; undefined values (NaN, None) stay empty."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> Path:
+    """Write rows with `columns`, else those of the first row; undefined values (NaN, None) stay empty."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
+    writer = csv.DictWriter(text, list(rows[0] if columns is None else columns))
     writer.writeheader()
     writer.writerows(
         {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}

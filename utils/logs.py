@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from model.backbone import REPOSITORY
 
 
 class _TqdmHandler(logging.Handler):

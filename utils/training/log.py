@@ -1,7 +1,6 @@
 """What a training says and writes as it goes: log.csv, TensorBoard, and the end of each stage in words."""
 
 import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_cross_attention import MODULES, STAGES
-from utils.files import write_text
+from utils.files import write_csv
 from utils.training.measures import Means
 from utils.training.plan import Plan, Position, Stage, stage_title
 
@@ -53,15 +52,11 @@ class CsvLog:
 
     def open(self, keep: Callable[[dict[str, str]], bool]) -> None:
         """Start the file, or go on with one, keeping the rows that `keep` accepts."""
-        rows = []
+        rows: list[dict[str, str]] = []
         if self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values() and keep(row)]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+        write_csv(self.path, rows, self.columns)
 
     def write(self, row: dict) -> None:
         """Append a row; columns that it lacks stay empty."""
