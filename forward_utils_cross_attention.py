@@ -83,8 +83,8 @@ class ClassText:
         self._anchors: Tensor | None = None
 
     def contexts(self, class_names: list[str]) -> TextContext | None:
-        """The text context of each image's class, without gradient; None where image cross-attention is off."""
-        if self.model.image_cross_attn is None:
+        """The text context of each image's class, without gradient; None where the visual forward needs none."""
+        if not self.model.image_sees_prompts:
             return None
         numbers = self.bank.numbers(class_names)
         if not self.fixed:
@@ -95,9 +95,9 @@ class ClassText:
         return TextContext.join(self.bank.select(self._context_prompts, numbers))
 
     def anchors(self, class_names: list[str], image_context: Tensor | None) -> Tensor:
-        """Normal and abnormal anchor of each image, [B, E, 2]; per class where text cross-attention is off."""
+        """Normal and abnormal anchor of each image, [B, E, 2]; per class where the text forward sees no image."""
         numbers = self.bank.numbers(class_names)
-        if self.model.text_cross_attn is not None:
+        if self.model.prompts_see_image:
             return make_anchors(self.model.text(self.bank.select(self.bank.prompts, numbers), image_context))
         if not self.fixed:
             present = sorted(set(numbers))
@@ -138,24 +138,39 @@ def frozen_patches(backbone: Backbone, surgery: dict[int, Tensor], plain: dict[i
     return [F.normalize(backbone.project_image(surgery[level][:, 1:]), dim=-1) + cls for level in backbone.levels]
 
 
+class Encoding(NamedTuple):
+    """What losses, maps and scores are made of.
+
+    `patches`: what is compared with the anchors, each level [B, N, E]; `anchors` [B, E, 2], normal and abnormal;
+    `cosines` [B, levels, N, 2] of both, in float32; `det` [B, E], None in Stage 1, which does not use it.
+    """
+
+    patches: list[Tensor]
+    anchors: Tensor
+    cosines: Tensor
+    det: Tensor | None
+
+
 def encode(
     model: CrossAttentionCLIP, images: Tensor, class_names: list[str], text: ClassText, precision: str = "fp32"
-) -> tuple[VisualFeatures, Tensor]:
-    """Images [B, 3, S, S] -> their features and anchors [B, E, 2].
+) -> Encoding:
+    """Images [B, 3, S, S] and their classes -> what Stage 2 and the test look at.
 
     Contexts carry no gradient: the image modules learn through the patches alone, the text modules through the prompts.
     """
     with autocast(images.device, precision):
         features = model.visual(images, text.contexts(class_names))
         context = None
-        if model.text_cross_attn is not None:
+        if model.prompts_see_image:
             frozen = model.config.image_context == "frozen"
             context = (
                 frozen_image_context(model.backbone, model.backbone.plain_tokens(images))
                 if frozen
                 else image_context(features)
             )
-        return features, text.anchors(class_names, context)
+        anchors = text.anchors(class_names, context)
+    cosines = model.cosines(features.patches, anchors, features.patches)
+    return Encoding(features.patches, anchors, cosines, model.detection(features, cosines))
 
 
 def encode_stage1(
@@ -167,8 +182,8 @@ def encode_stage1(
     vv_start: int,
     vv_across_batch: bool,
     precision: str = "fp32",
-) -> tuple[list[Tensor], Tensor]:
-    """Images [B, 3, S, S] -> the patch features that Stage 1 compares with anchors, and the anchors [B, E, 2].
+) -> Encoding:
+    """Images [B, 3, S, S] and their classes -> what Stage 1 looks at.
 
     `features`: "frozen" gives the plain CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4
     of the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
@@ -176,9 +191,9 @@ def encode_stage1(
     """
     if features not in STAGE1_FEATURES:
         raise ValueError(f"Stage 1's features '{features}': expected {', '.join(STAGE1_FEATURES)}.")
-    backbone, needs_context = model.backbone, model.text_cross_attn is not None
-    needs_frozen = needs_context and model.config.image_context == "frozen"
-    needs_visual = features == "adapted" or (needs_context and not needs_frozen)
+    backbone, sees_image = model.backbone, model.text_cross_attn is not None
+    needs_frozen = sees_image and model.config.image_context == "frozen"
+    needs_visual = features == "adapted" or (sees_image and not needs_frozen)
     with autocast(images.device, precision):
         with torch.no_grad():
             visual = model.visual(images, text.contexts(class_names)) if needs_visual else None
@@ -195,16 +210,16 @@ def encode_stage1(
             context = None
             if needs_frozen:
                 context = frozen_image_context(backbone, plain)
-            elif needs_context and visual is not None:
+            elif model.prompts_see_image and visual is not None:
                 context = image_context(visual)
-        return patches, text.anchors(class_names, context)
+        anchors = text.anchors(class_names, context)
+    seen = patches if visual is None else visual.patches
+    return Encoding(patches, anchors, model.cosines(patches, anchors, seen), None)
 
 
-def cosine_maps(patches: Tensor, anchors: Tensor) -> Tensor:
-    """Cosines of patches [B, N, E] with both anchors [B, E, 2] on the square patch grid, [B, 2, h, w], in float32."""
-    with torch.autocast(patches.device.type, enabled=False):
-        cosines = (patches.float() @ anchors.float()).transpose(1, 2)
-    return cosines.unflatten(2, (int(cosines.shape[2] ** 0.5), -1))
+def on_grid(cosines: Tensor) -> Tensor:
+    """Of one level, [B, N, 2] -> on the square patch grid, [B, 2, h, w]."""
+    return cosines.transpose(1, 2).unflatten(2, (int(cosines.shape[1] ** 0.5), -1))
 
 
 def resize_map(maps: Tensor, size: int) -> Tensor:
@@ -228,18 +243,19 @@ def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
     return (1 - (2 * (p * m).sum(dim=1) + 1) / (p.sum(dim=1) + m.sum(dim=1) + 1)).mean()
 
 
-def segmentation_terms(patches: list[Tensor], anchors: Tensor, scale: Tensor, batch: dict) -> dict[str, Tensor]:
+def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict) -> dict[str, Tensor]:
     """Focal and both dice losses of each level, {"focal_1": ..., "dice_normal_1": ..., "dice_abnormal_1": ..., ...}.
 
-    Anomalous images without a mask (`has_mask`, on the CPU) are left out; empty where no image of the batch has one.
+    `cosines` [B, levels, N, 2]. Anomalous images without a mask (`has_mask`, on the CPU) are left out; empty where no
+    image of the batch has one.
     """
     rows = batch["has_mask"].nonzero().flatten()
     mask = batch["mask"]
     if len(rows) < len(mask):
-        patches, anchors, mask = [level[rows] for level in patches], anchors[rows], mask[rows]
+        cosines, mask = cosines[rows], mask[rows]
     terms = {}
-    for number, level in enumerate(patches if len(rows) else (), start=1):
-        probabilities = resize_map(scale * cosine_maps(level, anchors), mask.shape[-1]).softmax(dim=1)
+    for number, level in enumerate(cosines.unbind(dim=1) if len(rows) else (), start=1):
+        probabilities = resize_map(scale * on_grid(level), mask.shape[-1]).softmax(dim=1)
         terms[f"focal_{number}"] = focal_loss(probabilities, mask)
         terms[f"dice_normal_{number}"] = dice_loss(probabilities[:, 0], 1 - mask[:, 0])
         terms[f"dice_abnormal_{number}"] = dice_loss(probabilities[:, 1], mask[:, 0])
@@ -247,30 +263,34 @@ def segmentation_terms(patches: list[Tensor], anchors: Tensor, scale: Tensor, ba
 
 
 def stage1_loss(
-    patches: list[Tensor], anchors: Tensor, scale: Tensor, batch: dict, levels: str, norm_weight: float
+    encoding: Encoding, scale: Tensor, batch: dict, levels: str, norm_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 1's loss and its terms: segmentation, and `norm_weight` x (mean over the batch of normal . abnormal)^2.
 
     `levels`: "last" trains on the last level alone, as the published code does; "all" on the sum, as the paper says.
     The terms of every level are returned in either case.
     """
-    terms = segmentation_terms(patches, anchors, scale, batch)
+    anchors, last = encoding.anchors, f"_{encoding.cosines.shape[1]}"
+    terms = segmentation_terms(encoding.cosines, scale, batch)
     terms["orthogonal"] = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
-    last = f"_{len(patches)}"
     trained = [
         term for name, term in terms.items() if name != "orthogonal" and (levels == "all" or name.endswith(last))
     ]
     return sum(trained, anchors.new_zeros(())) + norm_weight * terms["orthogonal"], terms
 
 
-def stage2_loss(
-    features: VisualFeatures, anchors: Tensor, scale: Tensor, batch: dict
-) -> tuple[Tensor, dict[str, Tensor]]:
+def stage2_loss(encoding: Encoding, scale: Tensor, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 2's loss and its terms: segmentation at all levels, and cross-entropy of the raw cosines det . anchors."""
-    terms = segmentation_terms(features.patches, anchors, scale, batch)
-    cosines = (features.det.float().unsqueeze(1) @ anchors).squeeze(1)
-    terms["classification"] = F.cross_entropy(cosines, batch["label"])
-    return sum(terms.values(), anchors.new_zeros(())), terms
+    terms = segmentation_terms(encoding.cosines, scale, batch)
+    terms["classification"] = F.cross_entropy(detection_cosines(encoding), batch["label"])
+    return sum(terms.values(), encoding.anchors.new_zeros(())), terms
+
+
+def detection_cosines(encoding: Encoding) -> Tensor:
+    """det . anchors, [B, 2]. Raises ValueError for an encoding of Stage 1, which has no detection feature."""
+    if encoding.det is None:
+        raise ValueError("Stage 1 has no detection feature.")
+    return (encoding.det.unsqueeze(1) @ encoding.anchors.float()).squeeze(1)
 
 
 class Prediction(NamedTuple):
@@ -293,13 +313,14 @@ def check_grid(grid: int, domain: str) -> None:
         )
 
 
-def anomaly_map(patches: list[Tensor], anchors: Tensor, scale: Tensor, size: int, domain: str) -> Tensor:
+def anomaly_map(cosines: Tensor, scale: Tensor, size: int, domain: str) -> Tensor:
     """Test map [B, size, size]: sum over levels of (scale * (abnormal - normal cosine) + 1) / 2, blurred and resized.
 
-    The published code blurs and resizes each level before the sum; both are linear, so once after it is the same.
+    `cosines` [B, levels, N, 2]. The published code blurs and resizes each level before the sum; both are linear, so
+    once after it is the same.
     """
-    cosines = sum((cosine_maps(level, anchors) for level in patches), anchors.new_zeros(()))
-    summed = (scale * (cosines[:, 1:] - cosines[:, :1]) + len(patches)) / 2
+    over_levels = on_grid(cosines.sum(dim=1))
+    summed = (scale * (over_levels[:, 1:] - over_levels[:, :1]) + cosines.shape[1]) / 2
     kernel, sigma = BLUR[domain]
     return resize_map(gaussian_blur(summed, [kernel, kernel], [sigma, sigma]), size).squeeze(1)
 
@@ -321,9 +342,8 @@ def predict(
     model: CrossAttentionCLIP, images: Tensor, class_names: list[str], text: ClassText, precision: str = "fp32"
 ) -> Prediction:
     """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this."""
-    features, anchors = encode(model, images, class_names, text, precision)
-    scale, domain = model.backbone.scale, text.bank.domain
-    maps = anomaly_map(features.patches, anchors, scale, images.shape[-1], domain)
-    detection_scores = ((features.det.float() * anchors[..., 1]).sum(dim=-1) + 1) / 2
-    levels = len(features.patches)
+    encoding = encode(model, images, class_names, text, precision)
+    scale, domain, levels = model.backbone.scale, text.bank.domain, encoding.cosines.shape[1]
+    maps = anomaly_map(encoding.cosines, scale, images.shape[-1], domain)
+    detection_scores = (detection_cosines(encoding)[:, 1] + 1) / 2
     return Prediction(maps, detection_scores, single_image_scores(maps, detection_scores, scale, levels, domain))

@@ -2,8 +2,8 @@
 
     python pretrain_demo.py --save_path ckpt/my_demo
 
-The 12 categories of demo_train are seen intact and damaged, those of demo_test only intact, so that finding their
-defects stays zero-shot. Writes demo.safetensors (half precision), pretraining.log and, until it is done, a state: the
+The 12 categories of demo_train are seen intact and damaged, those of demo_dev and demo_test only intact, so that
+finding their defects stays zero-shot. Writes demo.safetensors (half precision), pretraining.log and, until it is done, a state: the
 same command run again goes on where it stopped. Finished weights, such as those in ckpt/demo, are only measured, on
 fresh renders.
 """
@@ -33,10 +33,12 @@ from dataset.demo.captions import (
     CATEGORIES,
     COLOURS,
     DAMAGED,
+    DEV,
     INTACT,
     KINDS,
     SAYS_DAMAGED,
     SILENT,
+    TEST,
     TRAIN,
     UNKNOWN,
     Caption,
@@ -65,6 +67,9 @@ PATCH_DROPOUT = ((0.0, 0.75), (0.55, 0.5), (0.9, 0.0))
 REGION_SHARE = 0.15
 WARMUP_STEPS = 199  # the 200th step has the full rate
 SAVE_EVERY = 250
+# The categories that are seen intact only.
+OTHERS = DEV + TEST
+GROUPS = {"train": TRAIN, "dev": DEV, "test": TEST}
 # The pool is drawn from seeds (seed, number), what measures from (MEASURE_SEED, category, number), and the data sets
 # from larger ones; --seed stays below.
 MEASURE_SEED = 1_000_000
@@ -76,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--images",
         type=at_least(48),
-        default=36000,
+        default=48000,
         help="rendered images, made anew each start; 37 kB of memory each",
     )
     parser.add_argument(
@@ -112,11 +117,13 @@ class Pool:
 def render_numbered(job: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
     """Image `number` of the pool of `seed`, its mask, and its category, colour and condition.
 
-    Categories come in turn; of a category of demo_train every other image is damaged.
+    Every other image is of demo_train, whose categories come in turn, intact and then damaged; so do the others.
     """
     number, seed = job
-    category = number % len(CATEGORIES)
-    damaged = category in TRAIN and number // len(CATEGORIES) % 2 == 1
+    group = OTHERS if number % 2 else TRAIN
+    round_number, place = divmod(number // 2, len(group))
+    category = group[place]
+    damaged = group is TRAIN and round_number % 2 == 1
     found = render(CATEGORIES[category], damaged, (seed, number), RENDER_SIZE)
     condition = UNKNOWN
     if category in TRAIN:
@@ -348,9 +355,9 @@ def save_weights(backbone: Backbone, args: argparse.Namespace, path: Path) -> No
 def measure(backbone: Backbone, per_category: int = 100) -> dict[str, float]:
     """Zero-shot quality on fresh renders, `per_category` images each, half of them damaged; means over categories.
 
-    `accuracy`: 24 categories by "a photo of a {}.", intact images. `image_auroc_*`: intact or damaged, by the CLS token
-    against AA-CLIP's anchors. `patch_auroc_*`: the same of the last level's patches. `_seen` are the categories that
-    pre-training saw damaged (demo_train), `_unseen` those it did not (demo_test).
+    `accuracy`: all categories by "a photo of a {}.", intact images. `image_auroc_*`: intact or damaged, by the CLS token
+    against AA-CLIP's anchors. `patch_auroc_*`: the same of the last level's patches. `_train` are the categories that
+    pre-training saw damaged (demo_train), `_dev` and `_test` those it did not.
     """
     found: dict[str, list[float]] = {"accuracy": []}
     names = [name.replace("_", " ") for name in CATEGORIES]
@@ -372,7 +379,7 @@ def measure(backbone: Backbone, per_category: int = 100) -> dict[str, float]:
         abnormal = (features @ (anchors[:, 1] - anchors[:, 0])).numpy()
         masks = torch.from_numpy(np.stack([one.mask for one in rendered])).unsqueeze(1).float() / 255
         damaged = damaged_patches(masks, backbone.grid).flatten().numpy()
-        which = "seen" if number in TRAIN else "unseen"
+        which = next(name for name, group in GROUPS.items() if number in group)
         found.setdefault(f"image_auroc_{which}", []).append(roc_auc_score(labels, abnormal[:, 0]))
         found.setdefault(f"patch_auroc_{which}", []).append(roc_auc_score(damaged, abnormal[:, 1:].ravel()))
     return {name: float(np.mean(values)) for name, values in found.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from dataset.images import check_files
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, result_name
+from model.adapter_cross_attention import new_extension
 from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
@@ -63,8 +64,7 @@ def make_plan(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Plan:
     files = [*(f"loop_{loop}.pth" for loop in (0, *loops)), "state.pth", "train.log", "log.csv", "training.png"]
     files += [f"loop_<k>_{result_name(name)}.csv, _images.csv" for name in args.eval_dataset]
     files += ["tensorboard/"] if args.tensorboard else []
-    both = {"text_cross_attn": True, "image_cross_attn": True}
-    config = resolve_config(arguments.model_flags(args), checkpoint, both)
+    config = resolve_config(arguments.model_flags(args), checkpoint, new_extension(args.cross_attn))
     base = start_of(checkpoint) if checkpoint else {}
     return Plan(config, settings, plan_stages(settings, loops), run_folder(args), files, base)
 

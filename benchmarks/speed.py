@@ -64,11 +64,10 @@ def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
             optimizer = torch.optim.Adam([p for p in both.parameters() if p.requires_grad], lr=1e-6)
             text = ClassText(both, bank, fixed=stage == "image")
             if looks_at:
-                patches, anchors = encode_stage1(both, images, classes, text, looks_at, vv_start, True)
-                loss, _ = stage1_loss(patches, anchors, backbone.scale, batch, "all", 0.1)
+                encoding = encode_stage1(both, images, classes, text, looks_at, vv_start, True)
+                loss, _ = stage1_loss(encoding, backbone.scale, batch, "all", 0.1)
             else:
-                features, anchors = encode(both, images, classes, text)
-                loss, _ = stage2_loss(features, anchors, backbone.scale, batch)
+                loss, _ = stage2_loss(encode(both, images, classes, text), backbone.scale, batch)
             loss.backward()
             optimizer.step()
 

@@ -1,8 +1,10 @@
-"""The two cross-attentions and the model that adds them to AA-CLIP's base.
+"""The two cross-attentions, in two placements, and the model that adds them to AA-CLIP's base.
 
-    x + w * out_proj(attention(q_proj(LN(x)), k_proj(LN(context)), v_proj(LN(context))))
+    joint   in the embedding space, where CLIP compares text and image: x + gate * attended, gates start at zero
+    block   after block 0 of either tower:
+            x + w * out_proj(attention(q_proj(LN(x)), k_proj(LN(context)), v_proj(LN(context)))), out_proj starts at zero
 
-`out_proj` starts at zero: before the first step the extended model is the base model. Shapes as in `model.adapter`.
+Before the first step the extended model is the base model. Shapes as in `model.adapter`.
 """
 
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.adapter import AdaptedCLIP, TextContext
+from model.adapter import AdaptedCLIP, TextContext, VisualFeatures
 from model.backbone import DEFAULT_MODEL, Backbone
 
 HEADS = 8
@@ -22,6 +24,23 @@ STAGES = tuple(STAGE_MODULES)
 MODULES = tuple(name for names in STAGE_MODULES.values() for name in names)
 # Title, in --help, of what a base model leaves open.
 EXTENSION = "cross-attention"
+# {placement: {field of ModelConfig: value of a new run}}
+PLACEMENTS = {
+    "joint": {"text_cross_attn_weight": 0.3, "image_cross_attn_weight": 1.0},
+    "block": {"text_cross_attn_weight": 0.1, "image_cross_attn_weight": 0.1},
+}
+# How many patches of its image a patch is compared with.
+NEIGHBOURS = 8
+
+
+def new_extension(placement: str | None = None) -> dict[str, Any]:
+    """{field of ModelConfig: value} of what a new run adds to a base."""
+    chosen = placement or next(iter(PLACEMENTS))
+    return {"cross_attn": chosen, "text_cross_attn": True, "image_cross_attn": True, **PLACEMENTS.get(chosen, {})}
+
+
+def _weights(side: str) -> str:
+    return ", ".join(f"{values[f'{side}_cross_attn_weight']} with {name}" for name, values in PLACEMENTS.items())
 
 
 def _flag(help: str, default: Any = MISSING, group: str = "model", **about: Any) -> Any:
@@ -50,10 +69,18 @@ class ModelConfig:
     image_adapt_weight: float = _flag("weight of an image adapter's output", 0.1)
     text_cross_attn: bool = _flag("without text -> image", False, EXTENSION, flag="no_text_cross_attn", without=None)
     image_cross_attn: bool = _flag("without image -> text", False, EXTENSION, flag="no_image_cross_attn", without=None)
-    text_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION)
-    image_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION)
+    cross_attn: str = _flag(
+        "where they sit: in the joint space, or after block 0 of either tower",
+        "block",
+        EXTENSION,
+        choices=tuple(PLACEMENTS),
+        without="joint",
+        added=True,
+    )
+    text_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION, without=_weights("text"))
+    image_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION, without=_weights("image"))
     image_context: str = _flag(
-        "what the prompts see: V1 and CLS of the model's own forward, or of the plain CLIP",
+        "what the prompts see with --cross_attn block: V1 and CLS of the model's own forward, or of the plain CLIP",
         "adapted",
         EXTENSION,
         choices=("adapted", "frozen"),
@@ -127,6 +154,62 @@ class ImageCrossAttentionModule(CrossAttention):
         super().__init__(backbone.image_width, backbone.text_width, backbone.text_width, weight)
 
 
+class Gated(nn.Module):
+    """Cross-attention in the joint space: what it attends to is added to `x`, times a gate per level.
+
+    Gates start at zero and are opened, step by step, to `weight`.
+    """
+
+    gate: Tensor
+
+    def __init__(self, levels: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("gate", torch.zeros(levels))
+
+    def open(self, share: float) -> None:
+        """Open the gates to that share of their weight."""
+        self.gate.fill_(share * self.weight)
+
+
+class NeighbourCrossAttention(Gated):
+    """Text -> image: at each patch the normal anchor sees the patches of the same image that are most like it.
+
+    The anchor of patch i is t + g r_i, r_i the mean of its NEIGHBOURS most similar patches: a patch that has its like
+    elsewhere in the image is more normal (as in https://arxiv.org/abs/2405.14529, within one image).
+    """
+
+    def forward(self, x: Tensor, patches: list[Tensor]) -> Tensor:
+        """Cosines with the normal anchor `x` [B, levels, N] and V1..V4, each [B, N, E] -> `x` + gate * V_i . r_i.
+
+        r_i carries no gradient.
+        """
+        near = torch.stack([neighbour_cosines(level) for level in patches], dim=1)
+        return x + self.gate[:, None] * near
+
+
+def neighbour_cosines(patches: Tensor) -> Tensor:
+    """Mean cosine of each patch with the NEIGHBOURS most similar others of its image, [B, N, E] -> [B, N]."""
+    cosines = patches @ patches.detach().transpose(1, 2)
+    itself = torch.eye(cosines.shape[1], dtype=torch.bool, device=cosines.device)
+    count = min(NEIGHBOURS, cosines.shape[1] - 1)
+    return cosines.masked_fill(itself, -2).topk(count, dim=-1).values.mean(dim=-1)
+
+
+class DetectionCrossAttention(Gated):
+    """Image -> text: the detection feature takes what the prompts find in the image.
+
+    Per level, c_a and c_n are means of V over the patches, weighted by a softmax of `scale` times abnormal - normal
+    cosine, and of its negative: det + mean over levels of g (c_a - c_n).
+    """
+
+    def forward(self, x: Tensor, patches: list[Tensor], evidence: Tensor) -> Tensor:
+        """`x` [B, E], V1..V4, each [B, N, E], and `evidence` [B, levels, N] = scale (abnormal - normal) -> [B, E]."""
+        weights = evidence.softmax(dim=-1) - (-evidence).softmax(dim=-1)
+        found = torch.einsum("bln,blne->ble", weights, torch.stack(patches, dim=1))
+        return x + (self.gate[:, None] * found).mean(dim=1)
+
+
 class CrossAttentionCLIP(AdaptedCLIP):
     """AA-CLIP with text and image cross-attention, each of them None where `config` switches it off.
 
@@ -144,22 +227,68 @@ class CrossAttentionCLIP(AdaptedCLIP):
             adapter_hidden=config.adapter_hidden,
         )
         self.config = config
-        self.text_cross_attn = (
-            CrossAttentionModule(backbone, config.text_cross_attn_weight) if config.text_cross_attn else None
-        )
-        self.image_cross_attn = (
-            ImageCrossAttentionModule(backbone, config.image_cross_attn_weight) if config.image_cross_attn else None
-        )
+        if config.cross_attn not in PLACEMENTS:
+            raise ValueError(f"--cross_attn {config.cross_attn}: expected {' or '.join(PLACEMENTS)}.")
+        text_weight, image_weight = config.text_cross_attn_weight, config.image_cross_attn_weight
+        text_module: nn.Module
+        image_module: nn.Module
+        if config.cross_attn == "joint":
+            if config.image_context != "adapted":
+                raise ValueError(f"--image_context {config.image_context} goes with --cross_attn block alone.")
+            text_module = NeighbourCrossAttention(len(backbone.levels), text_weight)
+            image_module = DetectionCrossAttention(len(backbone.levels), image_weight)
+        else:
+            text_module = CrossAttentionModule(backbone, text_weight)
+            image_module = ImageCrossAttentionModule(backbone, image_weight)
+        self.text_cross_attn = text_module if config.text_cross_attn else None
+        self.image_cross_attn = image_module if config.image_cross_attn else None
+
+    @property
+    def prompts_see_image(self) -> bool:
+        """Whether the text forward needs an image context."""
+        return isinstance(self.text_cross_attn, CrossAttentionModule)
+
+    @property
+    def image_sees_prompts(self) -> bool:
+        """Whether the visual forward needs a text context."""
+        return isinstance(self.image_cross_attn, ImageCrossAttentionModule)
+
+    def cosines(self, patches: list[Tensor], anchors: Tensor, context: list[Tensor]) -> Tensor:
+        """Cosines of patches, each level [B, N, E], with both anchors [B, E, 2], in float32: [B, levels, N, 2].
+
+        Text cross-attention in the joint space adds to them what it sees in `context`, V1..V4 of the same images.
+        """
+        with torch.autocast(anchors.device.type, enabled=False):
+            found = torch.stack([level.float() @ anchors.float() for level in patches], dim=1)
+            if not isinstance(self.text_cross_attn, NeighbourCrossAttention):
+                return found
+            normal = self.text_cross_attn(found[..., 0], [level.float() for level in context])
+            return torch.stack([normal, found[..., 1]], dim=-1)
+
+    def detection(self, features: VisualFeatures, cosines: Tensor) -> Tensor:
+        """The detection feature [B, E] in float32, with what image cross-attention in the joint space adds to it."""
+        det = features.det.float()
+        if not isinstance(self.image_cross_attn, DetectionCrossAttention):
+            return det
+        evidence = self.backbone.scale * (cosines[..., 1] - cosines[..., 0]).detach()
+        with torch.autocast(det.device.type, enabled=False):
+            return self.image_cross_attn(det, [level.float() for level in features.patches], evidence)
+
+    def open_gates(self, stage: str, share: float) -> None:
+        """Open the gates of the stage's cross-attention to that share, where it has any."""
+        for module in self.trainable(stage).values():
+            if isinstance(module, Gated):
+                module.open(share)
 
     def after_image_block(self, index: int, x: Tensor, text_context: TextContext | None) -> Tensor:
-        if index == 0 and self.image_cross_attn is not None:
+        if index == 0 and isinstance(self.image_cross_attn, ImageCrossAttentionModule):
             if text_context is None:
                 raise ValueError("Image cross-attention is on, so the visual forward needs a text context.")
             x = self.image_cross_attn(x, text_context.tokens, text_context.mask)
         return super().after_image_block(index, x, text_context)
 
     def after_text_block(self, index: int, x: Tensor, image_context: Tensor | None) -> Tensor:
-        if index == 0 and self.text_cross_attn is not None:
+        if index == 0 and isinstance(self.text_cross_attn, CrossAttentionModule):
             if image_context is None:
                 raise ValueError("Text cross-attention is on, so the text forward needs an image context.")
             # All tokens of an image's prompts are queries of one attention over that image.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from model.adapter_cross_attention import CrossAttentionCLIP, Gated, ModelConfig
 from model.backbone import Backbone, load_backbone
 from utils import checkpoints
 from utils.cli import run_script
@@ -66,7 +66,9 @@ def move_cross_attention(model: CrossAttentionCLIP) -> None:
     """Give the cross-attentions an output, as training does."""
     generator = torch.Generator().manual_seed(1)
     for module in (model.text_cross_attn, model.image_cross_attn):
-        if module is not None:
+        if isinstance(module, Gated):
+            module.open(1)
+        elif module is not None:
             weight = torch.randn(module.out_proj.weight.shape, generator=generator)
             module.out_proj.weight.data.copy_(weight)
 

@@ -65,20 +65,21 @@ def run():
 
     model.set_stage("text")
     text = ClassText(model, bank, fixed=False)
-    patches, out.anchors = encode_stage1(model, images, classes, text, "frozen", vv_start, vv_across_batch=True)
-    loss, out.stage1_terms = stage1_loss(patches, out.anchors, backbone.scale, batch, "last", 0.1)
+    first = encode_stage1(model, images, classes, text, "frozen", vv_start, vv_across_batch=True)
+    out.anchors = first.anchors
+    loss, out.stage1_terms = stage1_loss(first, backbone.scale, batch, "last", 0.1)
     loss.backward()
     out.stage1_grads = {name: p.grad.norm().item() for name, p in model.text_adapter.named_parameters()}
 
     model.set_stage("image")
     text = ClassText(model, bank, fixed=True)
-    out.features, anchors = encode(model, images, classes, text)
-    loss, out.stage2_terms = stage2_loss(out.features, anchors, backbone.scale, batch)
+    out.encoding = encode(model, images, classes, text)
+    loss, out.stage2_terms = stage2_loss(out.encoding, backbone.scale, batch)
     loss.backward()
     out.stage2_grads = {name: p.grad.norm().item() for name, p in model.image_adapter.named_parameters()}
 
     out.industrial = predict(model, images, classes, text)
-    out.medical = anomaly_map(out.features.patches, anchors, backbone.scale, size, "medical")
+    out.medical = anomaly_map(out.encoding.cosines, backbone.scale, size, "medical")
     return out
 
 
@@ -121,9 +122,9 @@ def test_stage1_losses_and_gradients(run):
 
 
 def test_visual_features(run):
-    for patches, golden in zip(run.features.patches, GOLDEN["seg_tokens"], strict=True):
+    for patches, golden in zip(run.encoding.patches, GOLDEN["seg_tokens"], strict=True):
         assert_equal(patches, golden)
-    assert_equal(run.features.det, GOLDEN["det_token"])
+    assert_equal(run.encoding.det, GOLDEN["det_token"])
 
 
 def test_stage2_losses_and_gradients(run):

@@ -6,6 +6,7 @@ import torch
 from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
     ClassText,
+    Encoding,
     PromptBank,
     encode,
     encode_stage1,
@@ -64,7 +65,9 @@ def test_zero_start_adds_exactly_nothing(pair):
     # Equal features and anchors give equal maps, scores and losses; here through the whole path.
     batch, scale = batch_of(2, base.backbone.img_size), base.backbone.scale
     encoded = encode(extended, images, CLASSES, text)
-    assert torch.equal(stage2_loss(*encoded, scale, batch)[0], stage2_loss(plain, anchors, scale, batch)[0])
+    cosines = base.cosines(plain.patches, anchors, plain.patches)
+    expected = Encoding(plain.patches, anchors, cosines, base.detection(plain, cosines))
+    assert torch.equal(stage2_loss(encoded, scale, batch)[0], stage2_loss(expected, scale, batch)[0])
 
 
 def test_zero_start_gives_the_base_models_losses_and_maps(pair):
@@ -79,7 +82,7 @@ def test_zero_start_gives_the_base_models_losses_and_maps(pair):
         model.set_stage("image")
         text = ClassText(model, bank, fixed=True)
         second = encode(model, images, CLASSES, text)
-        losses.append((stage1_loss(*first, scale, batch, "all", 0.1)[0], stage2_loss(*second, scale, batch)[0]))
+        losses.append((stage1_loss(first, scale, batch, "all", 0.1)[0], stage2_loss(second, scale, batch)[0]))
         predictions.append(predict(model, images, CLASSES, text))
     for expected, found in zip(*losses, strict=True):
         assert abs(expected.item() - found.item()) <= 1e-5
@@ -99,9 +102,9 @@ def test_a_few_steps_move_both_modules_and_the_output(backbone):
         for _ in range(3):
             if stage == "text":
                 encoded = encode_stage1(model, images, CLASSES, text, "frozen", backbone.default_vv_start, True)
-                loss, _ = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
+                loss, _ = stage1_loss(encoded, backbone.scale, batch, "all", 0.1)
             else:
-                loss, _ = stage2_loss(*encode(model, images, CLASSES, text), backbone.scale, batch)
+                loss, _ = stage2_loss(encode(model, images, CLASSES, text), backbone.scale, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -127,13 +130,13 @@ def test_images_of_a_batch_do_not_meet(backbone, context):
     images = standin_images(8, 64)
     names = [list(DESCRIPTIONS)[i % 3] for i in range(8)]
     with torch.no_grad():
-        anchors = encode(model, images, names, text)[1]
+        anchors = encode(model, images, names, text).anchors
     together = predict(model, images, names, text)
     assert (anchors[0] - anchors[3]).abs().max() > 1e-3  # one class, two images: the anchors see the image
     for i in range(8):
         one = slice(i, i + 1)
         with torch.no_grad():
-            alone_anchors = encode(model, images[one], names[one], text)[1]
+            alone_anchors = encode(model, images[one], names[one], text).anchors
         alone = predict(model, images[one], names[one], text)
         spread = alone.maps.max() - alone.maps.min()
         assert (anchors[one] - alone_anchors).abs().max() <= 1e-6
@@ -178,12 +181,12 @@ def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
     images, batch = standin_images(2, 64), batch_of(2, 64)
     if stage == "text":
         encoded = encode_stage1(model, images, CLASSES, text, "adapted", backbone.default_vv_start, True)
-        assert not any(level.requires_grad for level in encoded[0])
-        loss, _ = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
+        assert not any(level.requires_grad for level in encoded.patches)
+        loss, _ = stage1_loss(encoded, backbone.scale, batch, "all", 0.1)
     else:
         encoded = encode(model, images, CLASSES, text)
-        assert not encoded[1].requires_grad  # anchors are fixed, the image in them included
-        loss, _ = stage2_loss(*encoded, backbone.scale, batch)
+        assert not encoded.anchors.requires_grad  # anchors are fixed, the image in them included
+        loss, _ = stage2_loss(encoded, backbone.scale, batch)
     loss.backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == set(model.trainable(stage))
@@ -195,8 +198,8 @@ def test_projectors_see_the_plain_clip(backbone):
     move_cross_attention(model)
     text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=False)
     images = standin_images(2, 64)
-    patches, _ = encode_stage1(model, images, CLASSES, text, "projectors", backbone.default_vv_start, True)
-    for found, expected in zip(patches, model.project_levels(backbone.plain_tokens(images)), strict=True):
+    encoded = encode_stage1(model, images, CLASSES, text, "projectors", backbone.default_vv_start, True)
+    for found, expected in zip(encoded.patches, model.project_levels(backbone.plain_tokens(images)), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -213,7 +216,7 @@ def test_bf16_is_close_and_trains(backbone):
     model.set_stage("text")
     text, vv_start = ClassText(model, bank, fixed=False), backbone.default_vv_start
     encoded = encode_stage1(model, images, CLASSES, text, "adapted", vv_start, True, precision="bf16")
-    loss, terms = stage1_loss(*encoded, backbone.scale, batch, "all", 0.1)
+    loss, terms = stage1_loss(encoded, backbone.scale, batch, "all", 0.1)
     loss.backward()
     assert {term.dtype for term in terms.values()} == {torch.float32}
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -76,17 +76,17 @@ class Watched(Trainer):
     def losses(self, stage, batch, text):
         if stage.name == "text" and self.position.step == 0:
             arguments = (self.model, batch["image"], batch["class_name"], text)
-            frozen = encode_stage1(*arguments, "frozen", self.vv_start, True)[0]
-            self.choices = {**getattr(self, "choices", {}), stage.loop: (frozen, encode(*arguments)[0].patches)}
+            frozen = encode_stage1(*arguments, "frozen", self.vv_start, True).patches
+            self.choices = {**getattr(self, "choices", {}), stage.loop: (frozen, encode(*arguments).patches)}
         return super().losses(stage, batch, text)
 
 
 def test_carry_over(backbone, data_root, tmp_path, monkeypatch):
     looked_at = []
 
-    def watched_loss(patches, *arguments):
-        looked_at.append(patches)
-        return stage1_loss(patches, *arguments)
+    def watched_loss(encoding, *arguments):
+        looked_at.append(encoding.patches)
+        return stage1_loss(encoding, *arguments)
 
     monkeypatch.setattr("utils.training.trainer.stage1_loss", watched_loss)
     trainer = make_trainer(backbone, data_root, tmp_path, loops=3, kind=Watched)
@@ -413,12 +413,12 @@ def test_maskless_images_skip_the_segmentation_loss(backbone, data_root):
     dataset = AnomalyDataset(data_root / "small", records, Transform(64))
     batch = next(iter(make_loader(dataset, 4, 0)))
     with torch.no_grad():
-        features, anchors = encode(model, batch["image"], ["candle"] * 4, ClassText(model, bank, fixed=True))
+        encoding = encode(model, batch["image"], ["candle"] * 4, ClassText(model, bank, fixed=True))
     batch["has_mask"] = torch.tensor([True, False, True, True])
-    found = segmentation_terms(features.patches, anchors, backbone.scale, batch)
+    found = segmentation_terms(encoding.cosines, backbone.scale, batch)
     rows = [0, 2, 3]
     kept = {"mask": batch["mask"][rows], "has_mask": torch.ones(3, dtype=torch.bool)}
-    expected = segmentation_terms([p[rows] for p in features.patches], anchors[rows], backbone.scale, kept)
+    expected = segmentation_terms(encoding.cosines[rows], backbone.scale, kept)
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
     batch["has_mask"][:] = False
-    assert segmentation_terms(features.patches, anchors, backbone.scale, batch) == {}
+    assert segmentation_terms(encoding.cosines, backbone.scale, batch) == {}

@@ -11,6 +11,7 @@ from torch import nn
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
 from model.backbone import DEFAULT_MODEL, Backbone, check_state, clip_config, default_adapters, load_backbone
 from utils.checkpoints import Checkpoint, adapter_kind
+from utils.options import completed
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def known_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if recorded is None:
         return kind
     if checkpoint.is_loop_file:
-        return recorded
+        return completed(ModelConfig, recorded)
     return {field.name: recorded[field.name] for field in model_fields(extension=False) if field.name in recorded}
 
 

@@ -1,4 +1,4 @@
-"""The data sets demo_train and demo_test on disk: 12 rendered categories each, in AA-CLIP's format."""
+"""The data sets demo_train, demo_dev and demo_test on disk: 12 rendered categories each, in AA-CLIP's format."""
 
 import logging
 import tempfile
@@ -14,7 +14,7 @@ from dataset.records import Record, write_records
 
 logger = logging.getLogger(__name__)
 
-DEMO_SETS = ("demo_train", "demo_test")
+DEMO_SETS = ("demo_train", "demo_dev", "demo_test")
 IMAGES_PER_CLASS = 100
 # Data sets and pre-training draw from seeds of different ranges.
 SET_SEED = 2_000_000

@@ -12,7 +12,10 @@ from dataset.demo.drawing import PALETTE
 from dataset.demo.products import PRODUCTS
 
 CATEGORIES, COLOURS, KINDS = list(PRODUCTS), list(PALETTE), list(DEFECTS)
-TRAIN = [CATEGORIES.index(name) for name in DATA_SETS["demo_train"].classes]
+TRAIN, DEV, TEST = (
+    [CATEGORIES.index(name) for name in DATA_SETS[data_set].classes]
+    for data_set in ("demo_train", "demo_dev", "demo_test")
+)
 # Conditions of an image; kinds of defect count from DAMAGED on. UNKNOWN: captions must not speak of it.
 UNKNOWN, INTACT, DAMAGED = -1, 0, 1
 # What a caption says of the condition: nothing, a word for either, or the kind of defect (from NAMED on).

@@ -1,4 +1,4 @@
-"""The 24 products and textures: each function draws one on a sheet."""
+"""The 36 products and textures: each function draws one on a sheet."""
 
 import math
 from collections.abc import Callable
@@ -195,6 +195,115 @@ def cork(s: Sheet) -> None:
     s.cover(np.where(pores > 0.65, 0.5, 0.9 + 0.22 * np.sign(grains) * np.minimum(np.abs(grains), 0.8)))
 
 
+def bearing(s: Sheet) -> None:
+    s.fill(circle(1), s.shade(1.1), body=True)
+    s.fill(circle(0.84), s.shade(0.5))
+    for angle in np.arange(count := int(s.rng.integers(8, 12))) * 2 * math.pi / count:
+        s.fill(circle(0.16, (0.66 * math.cos(angle), 0.66 * math.sin(angle))), s.shade(1.3))
+    s.fill(circle(0.48), s.shade(1))
+    s.cut(circle(s.rng.uniform(0.26, 0.34)))
+
+
+def ruler(s: Sheet) -> None:
+    half = s.rng.uniform(0.2, 0.3)
+    s.fill(box(-1.05, -half, 1.05, half), s.shade(1), body=True)
+    ink = s.shade(0.35) if s.colour.mean() > 110 else (225, 225, 222)
+    for number, x in enumerate(np.linspace(-0.95, 0.95, 27)):
+        s.line([[x, -half], [x, -half + (0.2 if number % 5 == 0 else 0.11)]], 0.03, ink)
+    s.line([[-0.95, 0.6 * half], [0.95, 0.6 * half]], 0.03, s.shade(0.8))
+
+
+def comb(s: Sheet) -> None:
+    for x in np.linspace(-0.92, 0.92, int(s.rng.integers(13, 18))):
+        s.line([[x, -0.2], [x, s.rng.uniform(0.5, 0.54)]], 0.07, s.shade(0.92), body=True)
+    s.fill(box(-1.02, -0.52, 1.02, -0.16), s.shade(1), body=True)
+    s.line([[-0.9, -0.34], [0.9, -0.34]], 0.05, s.shade(1.25))
+
+
+def zipper(s: Sheet) -> None:
+    s.fill(box(-1.1, -0.42, 1.1, 0.42), s.shade(1), body=True)
+    for y in (-0.3, 0.3):
+        s.line([[-1.1, y], [1.1, y]], 0.03, s.shade(0.7))
+    for number, x in enumerate(np.arange(-1.06, 1.06, 0.085)):
+        shift = 0.05 if number % 2 else -0.05
+        s.fill(box(x, shift - 0.09, x + 0.055, shift + 0.09), (196, 190, 172))
+    x = s.rng.uniform(-0.5, 0.5)
+    s.fill(box(x - 0.14, -0.17, x + 0.14, 0.17), (168, 168, 172))
+    s.line([[x, 0], [x + 0.42, 0]], 0.1, (140, 140, 146))
+
+
+def plate(s: Sheet) -> None:
+    s.fill(circle(1, squash=0.97), s.shade(1), body=True)
+    s.fill(circle(0.7), s.shade(0.88))
+    s.fill(circle(0.66), s.shade(1.08))
+    for angle in np.arange(count := int(s.rng.integers(12, 19))) * 2 * math.pi / count:
+        s.fill(circle(0.05, (0.85 * math.cos(angle), 0.85 * math.sin(angle))), s.shade(0.6))
+
+
+def propeller(s: Sheet) -> None:
+    blades, twist = int(s.rng.integers(3, 5)), s.rng.uniform(0.15, 0.3)
+    outline = np.array([[0.1, -0.1], [0.5, -0.3], [0.95, -0.2], [1.05, 0.02], [0.6, 0.12], [0.1, 0.1]])
+    for angle in np.arange(blades) * 2 * math.pi / blades:
+        turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        s.fill(outline @ turn, s.shade(1), body=True)
+        s.line(np.array([[0.2, -0.03], [0.9, -twist / 3]]) @ turn, 0.06, s.shade(1.25))
+    s.fill(circle(0.26), s.shade(0.8), body=True)
+    s.fill(circle(0.14), s.shade(1.2))
+
+
+def padlock(s: Sheet) -> None:
+    t = np.linspace(math.pi, 2 * math.pi, 16)
+    arch = np.stack([0.42 * np.cos(t), -0.25 + 0.62 * np.sin(t)], axis=1)
+    s.line(np.concatenate([[[-0.42, 0.1]], arch, [[0.42, 0.1]]]), 0.17, (172, 174, 180), body=True)
+    s.fill(box(-0.72, -0.05, 0.72, 0.95), s.shade(1), body=True)
+    s.fill(box(-0.62, 0.05, 0.62, 0.85), s.shade(1.12))
+    s.fill(circle(0.11, (0, 0.36)), (36, 36, 40))
+    s.line([[0, 0.38], [0, 0.62]], 0.08, (36, 36, 40))
+
+
+def plug(s: Sheet) -> None:
+    for y in (-0.3, 0.3):
+        s.fill(box(-1.0, y - 0.08, -0.3, y + 0.08), (200, 196, 184), body=True)
+    s.fill(box(-0.45, -0.62, 0.35, 0.62), s.shade(1), body=True)
+    s.fill(box(-0.45, -0.62, -0.32, 0.62), s.shade(1.25))
+    for x in np.arange(0.0, 0.32, 0.1):
+        s.line([[x, -0.5], [x, 0.5]], 0.035, s.shade(0.65))
+    s.line([[0.3, 0], [1.15, s.rng.uniform(-0.25, 0.25)]], 0.26, s.shade(0.85), body=True)
+
+
+def brick(s: Sheet) -> None:
+    u, v = s.grid()
+    height = s.rng.uniform(0.36, 0.5)
+    row = np.floor(v / height)
+    a, b = (u / (2.1 * height) + 0.5 * (row % 2)) % 1, (v / height) % 1
+    mortar = (np.minimum(a, 1 - a) < 0.03) | (np.minimum(b, 1 - b) < 0.07)
+    tone = 1 + 0.12 * np.sin(37 * row + 17 * np.floor(u / (2.1 * height) + 0.5 * (row % 2)))
+    s.cover(np.where(mortar, 1.4, tone + 0.1 * noise(s.rng, s.size, 30)))
+
+
+def gravel(s: Sheet) -> None:
+    stones = noise(s.rng, s.size, 15)
+    edges = np.minimum(np.abs(stones), np.abs(noise(s.rng, s.size, 13)))
+    s.cover(np.where(edges < 0.07, 0.5, 0.95 + 0.25 * np.clip(stones, -1, 1)) + 0.06 * noise(s.rng, s.size, 50))
+
+
+def bamboo(s: Sheet) -> None:
+    u, v = s.grid()
+    width = s.rng.uniform(0.2, 0.3)
+    stick = np.floor(v / width)
+    across = (v / width) % 1
+    along = (u / 1.1 + 0.37 * stick) % 1
+    rounded = 0.6 + 1.9 * across * (1 - across)
+    s.cover(np.where(along < 0.045, 0.6, 1) * rounded + 0.05 * noise(s.rng, s.size, 26))
+
+
+def denim(s: Sheet) -> None:
+    u, v = s.grid()
+    count = s.rng.uniform(26, 36)
+    twill = np.sin(count * (u + 0.6 * v))
+    s.cover(0.85 + 0.2 * twill + 0.14 * noise(s.rng, s.size, 44) + 0.08 * noise(s.rng, s.size, 5))
+
+
 class Product(NamedTuple):
     """How a product looks: `draw` puts it on a sheet in one of `colours` (one named twice is twice as likely).
 
@@ -234,4 +343,16 @@ PRODUCTS = {
     "carpet": Product(carpet, PAINTED, texture=True),
     "marble": Product(marble, ("white", "gray", "green", "pink", "yellow"), texture=True),
     "cork": Product(cork, ("brown", "orange", "yellow"), texture=True),
+    "bearing": Product(bearing, METALS),
+    "ruler": Product(ruler, ("yellow", "brown", "white", "gray", "pink", "green")),
+    "comb": Product(comb, ANY),
+    "zipper": Product(zipper, PAINTED),
+    "plate": Product(plate, ("white", "white", "gray", "blue", "yellow", "pink", "green")),
+    "propeller": Product(propeller, METALS),
+    "padlock": Product(padlock, ("yellow", "yellow", "gray", "black", "red", "blue", "green"), upright=True),
+    "plug": Product(plug, ("black", "white", "gray", "orange", "brown")),
+    "brick": Product(brick, ("red", "brown", "brown", "orange", "gray"), texture=True),
+    "gravel": Product(gravel, ("gray", "gray", "brown", "white", "black"), texture=True),
+    "bamboo": Product(bamboo, ("yellow", "brown", "green", "orange"), texture=True),
+    "denim": Product(denim, ("blue", "blue", "black", "gray", "purple"), texture=True),
 }

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model.adapter_cross_attention import CrossAttention, CrossAttentionCLIP
+from model.adapter_cross_attention import CrossAttention, CrossAttentionCLIP, Gated
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def added_terms(model: CrossAttentionCLIP) -> Iterator[dict[str, Tensor]]:
     hooks = [
         module.register_forward_hook(partial(note, name))
         for name, module in model.trainable().items()
-        if isinstance(module, CrossAttention)
+        if isinstance(module, CrossAttention | Gated)
     ]
     try:
         yield found

@@ -132,14 +132,18 @@ def trainable_parts(model: CrossAttentionCLIP) -> list[tuple[str, str, int, str]
     adapters, seg_proj, det_proj = image["layer_adapters"], image["seg_proj"], image["det_proj"]
     text_count, image_count = model.config.text_adapt_until, model.config.image_adapt_until
     views = f"levels {', '.join(map(str, levels))} -> V1..V{len(levels)}"
+    joint = model.config.cross_attn == "joint"
+    gates = f"gates of {len(levels)} levels, opened to"
+    from_text = f"{gates} {model.config.text_cross_attn_weight:g}: the normal anchor sees a patch's like"
+    from_image = f"{gates} {model.config.image_cross_attn_weight:g}: det takes what the prompts find"
     parts = [
         ("1", _span("text_adapter", text_count), text[:-1], f"{text_count} adapters, after the first text blocks"),
         ("1", f"text_adapter.{text_count}", text[-1], "1 projector of the prompts, in place of CLIP's"),
-        ("1", "text_cross_attn", model.text_cross_attn, "text -> image, after text block 0"),
+        ("1", "text_cross_attn", model.text_cross_attn, from_text if joint else "text -> image, after text block 0"),
         ("2", _span("layer_adapters", image_count), adapters, f"{image_count} adapters, after the first ViT blocks"),
         ("2", _span("seg_proj", len(levels)), seg_proj, f"{len(levels)} projectors, {views}"),
         ("2", "det_proj", det_proj, "1 projector of the detection feature, for the image score"),
-        ("2", "image_cross_attn", model.image_cross_attn, "image -> text, after ViT block 0"),
+        ("2", "image_cross_attn", model.image_cross_attn, from_image if joint else "image -> text, after ViT block 0"),
     ]
     return [(*part[:2], _count(part[2]), part[3] if part[2] is not None else "switched off") for part in parts]
 

@@ -144,6 +144,7 @@ class Trainer:
                 bar.set_description(f"{title} epoch {self.position.epoch + 1}/{stage.epochs}", refresh=False)
                 sampler.set_epoch(self.position.epoch, skip=self.position.step * stage.batch_size)
                 self.run_epoch(stage, loader, optimizer, text, bar)
+        self.model.open_gates(stage.name, 1)
         masks = sum(record.mask_path is not None for record in self.data.train)
         self.log.stage(stage, model.trainable(), masks)
 
@@ -157,6 +158,8 @@ class Trainer:
         rates = set_learning_rates(optimizer, stage, self.settings, before + per_epoch - 1, steps)
         for batch in loader:
             rates = set_learning_rates(optimizer, stage, self.settings, before + self.position.step, steps)
+            # In loop 1 from closed, where the model is the base.
+            self.model.open_gates(stage.name, (before + self.position.step) / steps if stage.loop == 1 else 1)
             values = self.train_step(stage, batch, optimizer, text)
             self.log.step(self.position, values, rates)
             self.position = self.position._replace(step=self.position.step + 1)
@@ -194,15 +197,15 @@ class Trainer:
         }
         if stage.features is not None:  # Stage 1, which looks at something
             across_batch = settings.vv_attention == "batch"
-            patches, anchors = encode_stage1(
+            encoding = encode_stage1(
                 model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision
             )
-            loss, terms = stage1_loss(
-                patches, anchors, model.backbone.scale, target, settings.stage1_levels, settings.text_norm_weight
-            )
+            levels, norm_weight = settings.stage1_levels, settings.text_norm_weight
+            loss, terms = stage1_loss(encoding, model.backbone.scale, target, levels, norm_weight)
         else:
-            features, anchors = encode(model, images, class_names, text, settings.precision)
-            loss, terms = stage2_loss(features, anchors, model.backbone.scale, target)
+            encoding = encode(model, images, class_names, text, settings.precision)
+            loss, terms = stage2_loss(encoding, model.backbone.scale, target)
+        anchors = encoding.anchors
         # 0 where the normal and the abnormal anchor are one, 1 where they are orthogonal.
         terms["anchor_separation"] = 1 - (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()
         return loss, {name: term.detach() for name, term in terms.items()}
