@@ -3,9 +3,9 @@
     python pretrain_demo.py --save_path ckpt/my_demo
 
 The 12 categories of demo_train are seen intact and damaged, those of demo_dev and demo_test only intact, so that
-finding their defects stays zero-shot. Writes demo.safetensors (half precision), pretraining.log and, until it is done, a state: the
-same command run again goes on where it stopped. Finished weights, such as those in ckpt/demo, are only measured, on
-fresh renders.
+finding their defects stays zero-shot. Writes demo.safetensors (half precision), pretraining.log and, until it is done,
+a state: the same command run again goes on where it stopped. Finished weights, such as those in ckpt/demo, are only
+measured, on fresh renders.
 """
 
 import argparse
@@ -355,9 +355,9 @@ def save_weights(backbone: Backbone, args: argparse.Namespace, path: Path) -> No
 def measure(backbone: Backbone, per_category: int = 100) -> dict[str, float]:
     """Zero-shot quality on fresh renders, `per_category` images each, half of them damaged; means over categories.
 
-    `accuracy`: all categories by "a photo of a {}.", intact images. `image_auroc_*`: intact or damaged, by the CLS token
-    against AA-CLIP's anchors. `patch_auroc_*`: the same of the last level's patches. `_train` are the categories that
-    pre-training saw damaged (demo_train), `_dev` and `_test` those it did not.
+    `accuracy`: all categories by "a photo of a {}.", intact images. `image_auroc_*`: intact or damaged, by the CLS
+    token against AA-CLIP's anchors. `patch_auroc_*`: the same of the last level's patches. `_train` are the categories
+    that pre-training saw damaged (demo_train), `_dev` and `_test` those it did not.
     """
     found: dict[str, list[float]] = {"accuracy": []}
     names = [name.replace("_", " ") for name in CATEGORIES]

@@ -25,26 +25,35 @@ from forward_utils_cross_attention import (
     stage1_loss,
     stage2_loss,
 )
-from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from model.adapter_cross_attention import (
+    PLACEMENTS,
+    CrossAttention,
+    CrossAttentionCLIP,
+    Gated,
+    ModelConfig,
+    new_extension,
+)
 from model.backbone import Backbone, clip_config, default_adapters
 
 PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def make_model(backbone: Backbone, text: bool, image: bool) -> CrossAttentionCLIP:
+def make_model(backbone: Backbone, placement: str, text: bool, image: bool) -> CrossAttentionCLIP:
     """A model with fresh modules, the cross-attentions moved off their zero start."""
     values: dict[str, Any] = dict(default_adapters(clip_config(backbone.model_name, backbone.img_size)))
-    values |= {"text_cross_attn": text, "image_cross_attn": image}
+    values |= {**new_extension(placement), "text_cross_attn": text, "image_cross_attn": image}
     config = ModelConfig(backbone.model_name, backbone.img_size, **values)
     torch.manual_seed(0)
     model = CrossAttentionCLIP(backbone, config)
     for module in (model.text_cross_attn, model.image_cross_attn):
-        if module is not None:
+        if isinstance(module, Gated):
+            module.open(1)
+        elif isinstance(module, CrossAttention):
             torch.nn.init.normal_(module.out_proj.weight, std=0.01)
     return model
 
 
-def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
+def cases(backbone: Backbone, batch_size: int, placement: str) -> dict[str, Callable[[], None]]:
     """{what: one call of it}."""
     size, device = backbone.img_size, backbone.device
     images = standin_images(batch_size, size).to(device)
@@ -55,7 +64,7 @@ def cases(backbone: Backbone, batch_size: int) -> dict[str, Callable[[], None]]:
         "has_mask": torch.ones(batch_size, dtype=torch.bool),
     }
     bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"}, "industrial")
-    both, image_only = make_model(backbone, True, True).to(device), make_model(backbone, False, True).to(device)
+    both, image_only = (make_model(backbone, placement, text, True).to(device) for text in (True, False))
     vv_start = backbone.default_vv_start
 
     def step(stage: str, looks_at: str | None = None) -> Callable[[], None]:
@@ -130,11 +139,12 @@ def main() -> None:
     parser.add_argument("--model_name", default="ViT-L-14-336")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--cross_attn", default="joint", choices=tuple(PLACEMENTS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    runs = cases(standin_backbone(args.model_name, args.img_size).to(device), args.batch_size)
+    runs = cases(standin_backbone(args.model_name, args.img_size).to(device), args.batch_size, args.cross_attn)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     # Round after round, so that a machine that slows down does so for all.
     for _ in tqdm(range(args.repeats + 1), desc="rounds", disable=None):

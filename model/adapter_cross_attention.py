@@ -1,10 +1,11 @@
 """The two cross-attentions, in two placements, and the model that adds them to AA-CLIP's base.
 
-    joint   in the embedding space, where CLIP compares text and image: x + gate * attended, gates start at zero
+    joint   in the embedding space, where CLIP compares text and image: x + gate * attended
     block   after block 0 of either tower:
-            x + w * out_proj(attention(q_proj(LN(x)), k_proj(LN(context)), v_proj(LN(context)))), out_proj starts at zero
+            x + w * out_proj(attention(q_proj(LN(x)), k_proj(LN(context)), v_proj(LN(context))))
 
-Before the first step the extended model is the base model. Shapes as in `model.adapter`.
+Gates and `out_proj` start at zero: before the first step the extended model is the base model. Shapes as in
+`model.adapter`.
 """
 
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -171,6 +172,10 @@ class Gated(nn.Module):
         """Open the gates to that share of their weight."""
         self.gate.fill_(share * self.weight)
 
+    def attention(self, *inputs: Any) -> Tensor:
+        """Where it looks, [B, levels, N], for the inputs of its forward."""
+        raise NotImplementedError
+
 
 class NeighbourCrossAttention(Gated):
     """Text -> image: at each patch the normal anchor sees the patches of the same image that are most like it.
@@ -184,8 +189,12 @@ class NeighbourCrossAttention(Gated):
 
         r_i carries no gradient.
         """
-        near = torch.stack([neighbour_cosines(level) for level in patches], dim=1)
-        return x + self.gate[:, None] * near
+        return x + self.gate[:, None] * self.attention(x, patches)
+
+    def attention(self, *inputs: Any) -> Tensor:
+        """How much of its like each patch has in its image, V_i . r_i, [B, levels, N]."""
+        _, patches = inputs
+        return torch.stack([neighbour_cosines(level) for level in patches], dim=1)
 
 
 def neighbour_cosines(patches: Tensor) -> Tensor:
@@ -205,9 +214,13 @@ class DetectionCrossAttention(Gated):
 
     def forward(self, x: Tensor, patches: list[Tensor], evidence: Tensor) -> Tensor:
         """`x` [B, E], V1..V4, each [B, N, E], and `evidence` [B, levels, N] = scale (abnormal - normal) -> [B, E]."""
-        weights = evidence.softmax(dim=-1) - (-evidence).softmax(dim=-1)
-        found = torch.einsum("bln,blne->ble", weights, torch.stack(patches, dim=1))
+        found = torch.einsum("bln,blne->ble", self.attention(x, patches, evidence), torch.stack(patches, dim=1))
         return x + (self.gate[:, None] * found).mean(dim=1)
+
+    def attention(self, *inputs: Any) -> Tensor:
+        """How much the feature takes from each patch, [B, levels, N]; what it takes and what it gives sum to 1 each."""
+        *_, evidence = inputs
+        return evidence.softmax(dim=-1) - (-evidence).softmax(dim=-1)
 
 
 class CrossAttentionCLIP(AdaptedCLIP):

@@ -17,6 +17,7 @@ from forward_utils_cross_attention import (
     stage2_loss,
 )
 from model.adapter import Prompts, SimpleAdapter, SimpleProj, TextContext
+from model.adapter_cross_attention import NEIGHBOURS, PLACEMENTS, NeighbourCrossAttention, new_extension
 from tests.conftest import make_model, move_cross_attention
 
 DESCRIPTIONS = {"nut": "metal nut which has four notched edges", "candle": "candle", "tile": "speckled tile surface"}
@@ -31,12 +32,19 @@ def batch_of(count: int, size: int) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["demo", pytest.param("ViT-L-14-336", marks=pytest.mark.vit_l)])
-def pair(request, backbone):
+MODELS = ["demo", pytest.param("ViT-L-14-336", marks=pytest.mark.vit_l)]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def any_backbone(request, backbone):
+    return backbone if request.param == "demo" else standin_backbone(request.param, 112)
+
+
+@pytest.fixture(scope="module", params=PLACEMENTS)
+def pair(request, any_backbone):
     """A base model and the same one with both cross-attentions at their zero start, and prompts for them."""
-    if request.param != "demo":
-        backbone = standin_backbone(request.param, 112)
-    base, extended = make_model(backbone), make_model(backbone, **BOTH)
+    backbone = any_backbone
+    base, extended = make_model(backbone), make_model(backbone, **new_extension(request.param))
     for name in ("text_adapter", "image_adapter"):
         getattr(extended, name).load_state_dict(getattr(base, name).state_dict())
     return base, extended, PromptBank(backbone, DESCRIPTIONS, "industrial")
@@ -51,16 +59,20 @@ def test_zero_start_adds_exactly_nothing(pair):
     text = ClassText(extended, bank, fixed=False)
     context = text.contexts(CLASSES)
     features, plain = extended.visual(images, context), base.visual(images)
-    tokens = base.backbone.embed_images(images)
-    assert (extended.image_cross_attn(tokens, context.tokens, context.mask) - tokens == 0).all()
     prompts = bank.select(bank.prompts, bank.numbers(CLASSES))
-    queries = prompts.tokens.flatten(1, 2)
-    assert (extended.text_cross_attn(queries, image_context(features)) - queries == 0).all()
+    if extended.config.cross_attn == "block":
+        tokens, queries = base.backbone.embed_images(images), prompts.tokens.flatten(1, 2)
+        assert (extended.image_cross_attn(tokens, context.tokens, context.mask) - tokens == 0).all()
+        assert (extended.text_cross_attn(queries, image_context(features)) - queries == 0).all()
+    else:
+        assert context is None
     for found, expected in zip(features.patches, plain.patches, strict=True):
         assert torch.equal(found, expected)
     assert torch.equal(features.det, plain.det) and torch.equal(features.cls, plain.cls)
-    # The base reads the prompts in the same batches here, image by image.
+    # The base reads the prompts in the same batches here, image by image, or class by class.
     anchors = make_anchors(base.text(prompts))
+    if not extended.prompts_see_image:
+        anchors = ClassText(base, bank, fixed=False).anchors(CLASSES, None)
     assert torch.equal(text.anchors(CLASSES, image_context(features)), anchors)
     # Equal features and anchors give equal maps, scores and losses; here through the whole path.
     batch, scale = batch_of(2, base.backbone.img_size), base.backbone.scale
@@ -122,9 +134,9 @@ def test_a_few_steps_move_both_modules_and_the_output(backbone):
         module.out_proj.bias.data.copy_(bias)
 
 
-@pytest.mark.parametrize("context", ["adapted", "frozen"])
-def test_images_of_a_batch_do_not_meet(backbone, context):
-    model = make_model(backbone, image_context=context, **BOTH)
+@pytest.mark.parametrize(("placement", "context"), [("joint", "adapted"), ("block", "adapted"), ("block", "frozen")])
+def test_images_of_a_batch_do_not_meet(backbone, placement, context):
+    model = make_model(backbone, image_context=context, **new_extension(placement))
     move_cross_attention(model)
     text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
     images = standin_images(8, 64)
@@ -132,7 +144,8 @@ def test_images_of_a_batch_do_not_meet(backbone, context):
     with torch.no_grad():
         anchors = encode(model, images, names, text).anchors
     together = predict(model, images, names, text)
-    assert (anchors[0] - anchors[3]).abs().max() > 1e-3  # one class, two images: the anchors see the image
+    if placement == "block":
+        assert (anchors[0] - anchors[3]).abs().max() > 1e-3  # one class, two images: the anchors see the image
     for i in range(8):
         one = slice(i, i + 1)
         with torch.no_grad():
@@ -222,6 +235,63 @@ def test_bf16_is_close_and_trains(backbone):
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
     assert all(gradients[f"text_adapter.{k}.fc.0.weight"].any() for k in range(4))
+
+
+def joint_model(backbone):
+    model = make_model(backbone, **new_extension("joint"))
+    move_cross_attention(model)
+    return model
+
+
+def test_the_joint_space_by_its_formulas(backbone):
+    """Against loops over patches: what a patch has of its like, and what the detection feature takes."""
+    model = joint_model(backbone)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    images = standin_images(2, 64)
+    with torch.no_grad():
+        found, features = encode(model, images, CLASSES, text), model.visual(images)
+    gate, scale = new_extension("joint"), backbone.scale.item()
+    for image in range(2):
+        normal, abnormal = found.anchors[image].unbind(dim=1)
+        taken = torch.zeros(backbone.embed_dim)
+        for number, level in enumerate(found.patches):
+            patches, differences = level[image], []
+            for place, patch in enumerate(patches):
+                others = torch.cat([patches[:place], patches[place + 1 :]])
+                nearest = others[(others @ patch).argsort(descending=True)[:NEIGHBOURS]].mean(dim=0)
+                cosines = patch @ (normal + gate["text_cross_attn_weight"] * nearest), patch @ abnormal
+                assert torch.allclose(found.cosines[image, number, place], torch.stack(cosines), atol=1e-5)
+                differences.append(cosines[1] - cosines[0])
+            evidence = scale * torch.stack(differences)
+            taken += (evidence.softmax(dim=0) - (-evidence).softmax(dim=0)) @ patches
+        expected = features.det[image] + gate["image_cross_attn_weight"] * taken / len(found.patches)
+        assert torch.allclose(found.det[image], expected, atol=1e-4)
+
+
+def test_in_the_joint_space_image_modules_learn_through_their_patches_alone(backbone):
+    """A patch's own gradient counts; that of its neighbours, which are the anchor's, and of the weights does not."""
+    patches = [torch.nn.functional.normalize(torch.randn(1, 12, 8), dim=-1).requires_grad_() for _ in range(4)]
+    module = NeighbourCrossAttention(4, 0.5)
+    module.open(1)
+    (gradient,) = torch.autograd.grad(module(torch.zeros(1, 4, 12), patches)[0, 0, 3], patches[:1])
+    assert gradient[0, 3].any() and not gradient[0, torch.arange(12) != 3].any()
+    model = joint_model(backbone)
+    model.set_stage("image")
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    encoding = encode(model, standin_images(2, 64), CLASSES, text)
+    encoding.det.sum().backward()
+    projectors = model.image_adapter["seg_proj"]
+    assert all(level.fc.weight.grad.any() for level in projectors)
+    model.set_stage("text")
+    first = encode_stage1(model, standin_images(2, 64), CLASSES, text, "frozen", backbone.default_vv_start, True)
+    assert not any(level.requires_grad for level in first.patches) and first.det is None
+
+
+def test_what_does_not_go_together_is_an_error(backbone):
+    with pytest.raises(ValueError, match="--image_context frozen goes with --cross_attn block alone"):
+        make_model(backbone, image_context="frozen", **new_extension("joint"))
+    with pytest.raises(ValueError, match="expected joint or block"):
+        make_model(backbone, cross_attn="above")
 
 
 @pytest.mark.vit_l

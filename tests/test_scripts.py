@@ -16,7 +16,7 @@ from PIL import Image
 from dataset.loading import AnomalyDataset
 from dataset.sets import open_dataset
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, PromptBank, check_grid, predict
+from forward_utils_cross_attention import ClassText, Prediction, PromptBank, check_grid, predict
 from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
 from tests.conftest import EPOCHS, SMALL, assert_same_tensors, write_small_dataset
@@ -169,22 +169,23 @@ def test_undefined_is_printed_as_not_available(scripts, base, tmp_path, capsys):
 
 
 def test_what_runs_in_training_runs_at_test(run, data_root):
-    """A loop file rebuilt from its own config sees both contexts: without them its maps differ."""
+    """A loop file rebuilt from its own config sees both contexts: without them its maps and scores differ."""
     checkpoint = load_checkpoint(run / "loop_2.pth")
     backbone = load_backbone("demo")
     data = open_dataset("small", data_root)
     bank = PromptBank(backbone, data.descriptions, data.domain)
     item = AnomalyDataset(data.folder, data.records, Transform(64))[0]
 
-    def maps(**changes) -> torch.Tensor:
-        config = ModelConfig(**checkpoint.model | {f"{k}_weight": v for k, v in changes.items()})
-        model = build_model(config, backbone, checkpoint, torch.device("cpu"))
+    def found(closed: str | None = None) -> Prediction:
+        model = build_model(ModelConfig(**checkpoint.model), backbone, checkpoint, torch.device("cpu"))
+        if closed:
+            getattr(model, closed).open(0)
         text = ClassText(model, bank, fixed=True)
-        return predict(model, item["image"][None], [item["class_name"]], text).maps
+        return predict(model, item["image"][None], [item["class_name"]], text)
 
-    whole = maps()
-    assert not torch.equal(whole, maps(text_cross_attn=0.0))
-    assert not torch.equal(whole, maps(image_cross_attn=0.0))
+    whole = found()
+    assert not torch.equal(whole.maps, found("text_cross_attn").maps)
+    assert not torch.equal(whole.detection_scores, found("image_cross_attn").detection_scores)
 
 
 def test_dry_run_needs_neither_weights_nor_data(scripts, tmp_path, monkeypatch, capsys):
@@ -195,7 +196,7 @@ def test_dry_run_needs_neither_weights_nor_data(scripts, tmp_path, monkeypatch, 
         assert count in plan
     assert scripts("train_cross_attention", "--dry_run", "--loops", "4", data_root=tmp_path) == 0
     plan = capsys.readouterr().out
-    assert "loop_4.pth" in plan and "text -> image" in plan and "features adapted" in plan
+    assert "loop_4.pth" in plan and "text -> image, gates" in plan and "features adapted" in plan
     assert not list(tmp_path.iterdir())
 
 

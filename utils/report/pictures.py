@@ -13,7 +13,7 @@ from dataset.constants import class_prompts
 from dataset.loading import Batch
 from dataset.records import Record
 from forward_utils_cross_attention import Prediction, encode
-from model.adapter_cross_attention import CrossAttention
+from model.adapter_cross_attention import CrossAttention, Gated
 from utils.files import safe_name
 from utils.judging import Detector, calibrated_extremes, caption, scaled
 from utils.report import plots
@@ -130,9 +130,11 @@ def draw_loops(comparison: Comparison) -> Path | None:
 
 
 def _draw_attention(detector: Detector, batch: Batch, example: Example, title: str, stem: Path) -> list[Path]:
-    """Which patches each prompt looks at, and which prompt tokens image tokens look at; as far as the model does."""
+    """Where the cross-attentions look, as far as the model has them."""
     model, bank, class_name = detector.model, detector.text.bank, batch["class_name"][0]
     weights = attention_weights(detector, batch["image"], class_name)
+    if model.config.cross_attn == "joint":
+        return _draw_joint_attention(weights, model.backbone.grid, example, title, stem)
     prompts = class_prompts(bank.descriptions[class_name])
     tokens = [model.backbone.token_texts(prompt) for prompt in prompts]
     grid, paths = model.backbone.grid, []
@@ -155,6 +157,23 @@ def _draw_attention(detector: Detector, batch: Batch, example: Example, title: s
     return paths
 
 
+def _draw_joint_attention(
+    weights: dict[str, Tensor], grid: int, example: Example, title: str, stem: Path
+) -> list[Path]:
+    """Level by level: how much of its like each patch has, and what the detection feature takes from each patch."""
+    about = {
+        "text_cross_attn": ("prompts_on_image", "text -> image", "cosine with the patches most like it", False),
+        "image_cross_attn": ("image_on_prompts", "image -> text", "what det takes (negative: gives)", True),
+    }
+    paths = []
+    for name, values in weights.items():
+        ending, direction, label, signed = about[name]
+        paths.append(stem.with_name(f"{stem.stem}_{ending}.png"))
+        maps = values.unflatten(1, (grid, grid)).numpy()
+        plots.draw_levels(example, maps, label, signed, f"{title}, {direction}", paths[-1])
+    return paths
+
+
 def prompts_on_patches(weights: Tensor, lengths: list[int], grid: int) -> tuple[np.ndarray, np.ndarray]:
     """What P prompts of these lengths look at, from text cross-attention [P*L, patches + 1]: means over their tokens.
 
@@ -169,10 +188,11 @@ def prompts_on_patches(weights: Tensor, lengths: list[int], grid: int) -> tuple[
 def attention_weights(detector: Detector, image: Tensor, class_name: str) -> dict[str, Tensor]:
     """What the cross-attentions of a model look at in one image [1, 3, S, S], by the module's name; none that are off.
 
-    `text_cross_attn` [P*L, patches + 1], CLS last; `image_cross_attn` [1 + patches, P*L], CLS first.
+    In the joint space both are [levels, patches]. After block 0 `text_cross_attn` is [P*L, patches + 1], CLS last, and
+    `image_cross_attn` [1 + patches, P*L], CLS first.
     """
     model, seen = detector.model, dict[str, tuple]()
-    modules = {name: module for name, module in model.trainable().items() if isinstance(module, CrossAttention)}
+    modules = {name: module for name, module in model.trainable().items() if isinstance(module, CrossAttention | Gated)}
 
     def note(name: str, module: torch.nn.Module, inputs: tuple) -> None:
         seen[name] = inputs

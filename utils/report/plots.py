@@ -121,6 +121,30 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_levels(example: Example, maps: np.ndarray, label: str, signed: bool, title: str, path: Path) -> None:
+    """An image beside the map of each level, `maps` [levels, h, w]; `signed` ones have a scale around 0."""
+    figure = Figure(figsize=(PANEL_INCHES * (1 + len(maps)) + 1, PANEL_INCHES + 0.6), layout="constrained")
+    first, *others = axes = figure.subplots(1, 1 + len(maps))
+    first.imshow(example.pixels)
+    first.set_title("image", fontsize=6)
+    high = float(np.abs(maps).max()) if signed else float(maps.max())
+    low = -high if signed else float(maps.min())
+    colours = DIFFERENCE_COLOURS if signed else ATTENTION_COLOURS
+    for number, (axis, values) in enumerate(zip(others, maps, strict=True), start=1):
+        shown = axis.imshow(values, cmap=colours, vmin=low, vmax=high, extent=_extent(example.pixels))
+        axis.set_title(f"V{number}", fontsize=6)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if example.mask is not None and example.mask.any():
+            axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+    bar = figure.colorbar(shown, ax=list(axes), shrink=0.7)
+    bar.set_label(label, fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
 def draw_prompts_on_image(
     example: Example, maps: np.ndarray, cls: np.ndarray, prompts: list[str], title: str, path: Path
 ) -> None:

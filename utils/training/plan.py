@@ -133,9 +133,9 @@ def trainable_parts(model: CrossAttentionCLIP) -> list[tuple[str, str, int, str]
     text_count, image_count = model.config.text_adapt_until, model.config.image_adapt_until
     views = f"levels {', '.join(map(str, levels))} -> V1..V{len(levels)}"
     joint = model.config.cross_attn == "joint"
-    gates = f"gates of {len(levels)} levels, opened to"
-    from_text = f"{gates} {model.config.text_cross_attn_weight:g}: the normal anchor sees a patch's like"
-    from_image = f"{gates} {model.config.image_cross_attn_weight:g}: det takes what the prompts find"
+    gates = f"{len(levels)} gates, opened in loop 1 to"
+    from_text = f"text -> image, {gates} {model.config.text_cross_attn_weight:g}"
+    from_image = f"image -> text, {gates} {model.config.image_cross_attn_weight:g}"
     parts = [
         ("1", _span("text_adapter", text_count), text[:-1], f"{text_count} adapters, after the first text blocks"),
         ("1", f"text_adapter.{text_count}", text[-1], "1 projector of the prompts, in place of CLIP's"),
