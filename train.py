@@ -27,14 +27,15 @@ PUBLISHED = {"text_epoch": [5], "image_epoch": [20], "stage1_levels": "last"}
 ONE_LOOP = {"feedback": "off", "lr_decay": 1.0}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Of the command line, or of `words`."""
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--save_path", type=Path, default=Path("ckpt/baseline"), help="folder of the run")
     add_settings(parser, PUBLISHED, loops=False)
     add_training_arguments(parser)
     arguments.add_model_arguments(parser, "AA-CLIP's value, in brackets")
     arguments.add_run_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

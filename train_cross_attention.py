@@ -35,7 +35,8 @@ logger = logging.getLogger("train_cross_attention")
 EVAL_BATCH = 8
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Of the command line, or of `words`."""
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--resume", type=Path, help="base model (AA-CLIP's folder) or loop file to start from")
     parser.add_argument("--loops", type=at_least(1), default=3, help="number of the last loop of Stage 1 and Stage 2")
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         extension="the loop file's value; on a base both are on, with the values in brackets",
     )
     arguments.add_run_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def make_plan(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Plan:

@@ -88,7 +88,7 @@ def peak_of(size: int, images: int) -> float:
 
 def forward_seconds(model_name: str, size: int, repeats: int) -> float:
     """Median seconds of one image's evaluation with both cross-attentions."""
-    run = cases(standin_backbone(model_name, size), 1)["evaluation, both cross-attentions"]
+    run = cases(standin_backbone(model_name, size), 1, "joint")["evaluation, both cross-attentions"]
     run()
     taken = []
     for _ in tqdm(range(repeats), desc="forward passes", disable=None):

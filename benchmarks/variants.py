@@ -1,191 +1,446 @@
-"""Which part of the extension does what: every variant against its base and against the longer base, over seeds.
+"""Which part of the extension does what: variants against their base and against the longer base, over seeds.
 
-    python -m benchmarks.variants --name demo --recipe ckpt/demo/base.args ckpt/demo/feedback.args --dataset demo_test
+    python -m benchmarks.variants --name demo --base_recipe ckpt/demo/base.args --recipe ckpt/demo/feedback.args \\
+        --dataset demo_dev
 
-Trains, per seed, a base and every variant on it (ckpt/<name>_<seed>/<variant>), tests them on the same images, and
-writes results/<name>.csv (every run) and results/<name>.md (mean and standard deviation over seeds, with the command).
-What is trained already is not trained again: the same command goes on where it stopped. Results hold what the command
-names, so to extend them, name all seeds. The recipes' own places and machine count unless they are given here.
+    python -m benchmarks.variants --name visa --resume ckpt/Visa_base_full_1216 --dataset MVTec BTAD MPDD
+
+Starts from the base of --resume, or trains one per seed. Trains every variant (ckpt/<name>_<seed>/<variant>), tests all
+on the same images, and writes results/<name>.csv (every run), .md (tables, with the command) and .png. First it says
+how long that will take. What is trained already is not trained again: the same command goes on where it stopped.
 """
 
 import argparse
 import csv
 import math
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
 from tqdm import tqdm
 
-from dataset.sets import result_name
+import train
+import train_cross_attention
+from benchmarks.speed import cases
+from benchmarks.standin import standin_backbone
+from dataset.prepare import prepare
+from dataset.sets import open_all, open_dataset, result_name
+from model.adapter_cross_attention import new_extension
 from model.backbone import REPOSITORY
-from utils import arguments
+from utils import arguments, checkpoints
 from utils.cli import run_script
 from utils.errors import TrainingError, TrainingStoppedError
 from utils.files import write_csv
 from utils.logs import progress
 from utils.options import at_least
+from utils.report.plots import save_figure
 from utils.signals import StopSignal
 from utils.testing.metrics import IMAGE_METRICS, PIXEL_METRICS
 
-METRICS = PIXEL_METRICS + IMAGE_METRICS
+METRICS = PIXEL_METRICS + IMAGE_METRICS + ("decision_accuracy",)
+# What the figure and the verdict speak of.
+HEADLINE = ("pixel_ap", "image_auroc")
 NO_MODULES = ["--no_text_cross_attn", "--no_image_cross_attn"]
-CONTROL = "longer base"
+CONTROL, DEFAULT, UNTRAINED = "longer base", "joint", "untrained"
 SEEN = "trained_on_this_data_set"
 # {variant: (arguments beside the recipe's, loops to test)}
 VARIANTS = {
     CONTROL: (["--feedback", "off", *NO_MODULES], (1, 3)),
-    "text cross-attention": (["--no_image_cross_attn"], (1,)),
-    "image cross-attention": (["--no_text_cross_attn"], (1,)),
-    "both, adapted": ([], (1, 3)),
-    "both, projectors": (["--feedback", "projectors"], (3,)),
-    "both, no feedback": (["--feedback", "off"], (3,)),
-    "no modules, adapted": (NO_MODULES, (3,)),
+    DEFAULT: ([], (1, 3)),
+    "joint, text alone": (["--no_image_cross_attn"], (3,)),
+    "joint, image alone": (["--no_text_cross_attn"], (3,)),
+    "joint, no feedback": (["--feedback", "off"], (3,)),
+    "feedback alone": (NO_MODULES, (3,)),
+    "block": (["--cross_attn", "block"], (3,)),
 }
+# Steps as `benchmarks.speed` names them.
+STEPS = (("Stage 1", ", loop 1"), ("Stage 1", ", later loops"), ("Stage 2", ""))
+# {name: loop of the longer base that is given the cross-attentions as they are, with open gates, and no training}
+GIVEN = {f"base, {UNTRAINED} joint": 0, f"{CONTROL}, {UNTRAINED} joint": 3}
+
+
+class Job(NamedTuple):
+    """A script to run with its arguments; what it prints goes to `log`."""
+
+    log: Path
+    script: str
+    words: list[str]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--name", required=True, help="of the comparison: its runs and its results are called so")
-    parser.add_argument(
-        "--recipe", type=Path, nargs=2, required=True, help="@FILEs for train.py and train_cross_attention.py"
-    )
-    parser.add_argument("--dataset", required=True, help="data set to test on")
+    parser.add_argument("--resume", type=Path, help="base of all runs; without it each seed trains its own")
+    parser.add_argument("--base_recipe", type=Path, help="@FILE of train.py, where bases are trained")
+    parser.add_argument("--recipe", type=Path, help="@FILE of train_cross_attention.py")
+    parser.add_argument("--dataset", nargs="+", required=True, help="data sets to test on")
     arguments.add_own_data_arguments(parser)
-    parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's")
-    parser.add_argument(
-        "--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each trains a base and its variants"
-    )
+    parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's, or the default")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to train")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes side by side; on a CPU one core each")
     arguments.add_run_arguments(parser)
     parser.set_defaults(data_root=None, device=None, precision=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume and args.base_recipe:
+        parser.error("--resume names the base, and --base_recipe would train one: give one of them.")
+    args.variants = list(dict.fromkeys([CONTROL, *args.variants]))
+    return args
 
 
-def call(log: Path, script: str, *words: object) -> None:
-    """Run a script of the repository; what it prints goes to `log`.
+# running
 
-    Raises TrainingError where it fails, and TrainingStoppedError, once it has saved its state, at a signal to stop.
+
+def run_all(jobs: list[Job], side_by_side: int, bar: tqdm) -> None:
+    """Run scripts of the repository, several at a time.
+
+    Raises TrainingError where one fails, and TrainingStoppedError, once all have saved their state, at a signal.
     """
-    command = [sys.executable, str(REPOSITORY / f"{script}.py"), *map(str, words)]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file, StopSignal() as stop:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            time.sleep(0.2)
-            if stop.received == "SIGTERM":  # Ctrl-C reaches every process of a terminal
+    waiting, running = deque(jobs), dict[subprocess.Popen, Job]()
+    with StopSignal() as stop:
+        try:
+            while (waiting or running) and not stop.received:
+                while waiting and len(running) < side_by_side:
+                    job = waiting.popleft()
+                    running[_begin(job, alone=side_by_side == 1)] = job
+                for process in [process for process in running if process.poll() is not None]:
+                    job = running.pop(process)
+                    if process.returncode:
+                        command = shlex.join([job.script, *job.words])
+                        raise TrainingError(f"Exit code {process.returncode}, see {job.log}: {command}")
+                    bar.update()
+                time.sleep(0.2)
+        finally:
+            for process in running:
                 process.terminate()
+            for process in running:
                 process.wait()
     if stop.received:
         raise TrainingStoppedError("Stopped. The same command goes on from here.")
-    if process.returncode:
-        raise TrainingError(f"Exit code {process.returncode}, see {log}: {shlex.join(command)}")
 
 
-def run_seed(args: argparse.Namespace, seed: int, bar: tqdm) -> list[dict]:
-    """Train and test one seed; a row per model tested."""
-    folder = REPOSITORY / "ckpt" / f"{args.name}_{seed}"
-    base, log = folder / "base", folder / "output.log"
-    machine = arguments.as_words(
-        arguments.given(args, "data_root", "clip_weights", "device", "num_workers", "precision")
-    )
-    common = ["--seed", seed, *machine]
-    if args.train_dataset:
-        common += ["--dataset", args.train_dataset]
-    call(log, "train", f"@{args.recipe[0]}", *common, "--save_path", base)
-    bar.update()
-    files = {("base", 0): base / "base"}
-    for name in args.variants:
-        options, loops = VARIANTS[name]
-        run = folder / name.replace(",", "").replace(" ", "_")
-        words = ["--resume", base, "--save_path", run, "--loops", max(loops)]
-        call(log, "train_cross_attention", f"@{args.recipe[1]}", *common, *words, *options)
-        bar.update()
-        files |= {(name, loop): run / f"loop_{loop}.pth" for loop in loops}
-    ckpts = [base, *(path for (_, loop), path in files.items() if loop)]
-    tested = arguments.as_words(arguments.given(args, "dataset", "domain", "class_name"))
-    call(log, "test", "--ckpt", *ckpts, *tested, *machine)
-    bar.update()
-    return [
-        {"variant": name, "loop": loop, "seed": seed}
-        | read_average(path.with_name(f"{path.stem}_{result_name(args.dataset)}.csv"))
-        for (name, loop), path in files.items()
-    ]
+def _begin(job: Job, alone: bool) -> subprocess.Popen:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(REPOSITORY / f"{job.script}.py"), *job.words]
+    # Threads that wait for each other by spinning hold up whatever else runs.
+    threads = {} if alone else {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with open(job.log, "ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
+
+
+def folder_of(args: argparse.Namespace, seed: int) -> Path:
+    """Where the runs of a seed are."""
+    return REPOSITORY / "ckpt" / f"{args.name}_{seed}"
+
+
+def run_folder(args: argparse.Namespace, seed: int, variant: str) -> Path:
+    """Where a variant of a seed is."""
+    return folder_of(args, seed) / variant.replace(",", "").replace(" ", "_")
+
+
+def machine_words(args: argparse.Namespace) -> list[str]:
+    """What the scripts are told of the machine."""
+    names = ("data_root", "clip_weights", "device", "num_workers", "precision")
+    return arguments.as_words(arguments.given(args, *names))
+
+
+def common_words(args: argparse.Namespace, recipe: Path | None, seed: int) -> list[str]:
+    """What both trainings are told."""
+    words = [f"@{recipe}"] if recipe else []
+    words += ["--dataset", args.train_dataset] if args.train_dataset else []
+    return [*words, "--seed", str(seed), *machine_words(args)]
+
+
+def base_of(args: argparse.Namespace, seed: int) -> Path:
+    """The base that a seed starts from."""
+    return args.resume or folder_of(args, seed) / "base"
+
+
+def base_job(args: argparse.Namespace, seed: int) -> Job:
+    """Trains the base of a seed."""
+    words = common_words(args, args.base_recipe, seed)
+    return Job(folder_of(args, seed) / "base.log", "train", [*words, "--save_path", str(base_of(args, seed))])
+
+
+def variant_job(args: argparse.Namespace, seed: int, variant: str) -> Job:
+    """Trains a variant of a seed."""
+    options, loops = VARIANTS[variant]
+    folder = run_folder(args, seed, variant)
+    words = [*common_words(args, args.recipe, seed), "--resume", str(base_of(args, seed)), "--save_path", str(folder)]
+    return Job(folder.with_suffix(".log"), "train_cross_attention", [*words, "--loops", str(max(loops)), *options])
+
+
+def tested_files(args: argparse.Namespace, seed: int) -> dict[tuple[str, int], Path]:
+    """{(variant, loop): loop file} of all that is tested of a seed; the base is the longer base's loop_0.pth."""
+    longer = run_folder(args, seed, CONTROL)
+    files = {("base", 0): longer / "loop_0.pth"}
+    for variant in args.variants:
+        for loop in VARIANTS[variant][1]:
+            files[variant, loop] = run_folder(args, seed, variant) / f"loop_{loop}.pth"
+    for name, loop in GIVEN.items():
+        files[name, max(loop, 1)] = run_folder(args, seed, name) / f"loop_{max(loop, 1)}.pth"
+    return files
+
+
+def give_untrained(args: argparse.Namespace, seed: int) -> None:
+    """Write the base and the longer base with cross-attentions in the joint space that were never trained with."""
+    longer = run_folder(args, seed, CONTROL)
+    for name, loop in GIVEN.items():
+        content = checkpoints.read(longer / f"loop_{loop}.pth")
+        extension = new_extension("joint")
+        levels = sum(key.startswith("seg_proj") for key in content["image_adapter"])
+        for module in ("text_cross_attn", "image_cross_attn"):
+            content[module] = {"gate": torch.full((levels,), extension[f"{module}_weight"])}
+        content["config"]["model"] |= extension
+        # Another map than the calibration was fitted on; and loop 0 would be the base itself.
+        content |= {"calibration": None, "loop": max(loop, 1)}
+        folder = run_folder(args, seed, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(checkpoints.read(longer / "loop_0.pth"), folder / "loop_0.pth")
+        checkpoints.save(content, folder / f"loop_{content['loop']}.pth")
+
+
+def test_job(args: argparse.Namespace, seed: int) -> Job:
+    """Tests all models of a seed, side by side with the longer base."""
+    files = [str(path) for path in tested_files(args, seed).values()]
+    words = ["--ckpt", *files, "--control", str(run_folder(args, seed, CONTROL)), "--dataset", *args.dataset]
+    words += arguments.as_words(arguments.given(args, "domain", "class_name"))
+    return Job(folder_of(args, seed) / "test.log", "test", [*words, *machine_words(args)])
+
+
+def read_results(args: argparse.Namespace, seed: int) -> list[dict]:
+    """A row per model and data set."""
+    rows = []
+    for dataset in args.dataset:
+        for (variant, loop), path in tested_files(args, seed).items():
+            head = {"dataset": result_name(dataset), "variant": variant, "loop": loop, "seed": seed}
+            rows.append(head | read_average(path.with_name(f"{path.stem}_{result_name(dataset)}.csv")))
+    return rows
 
 
 def read_average(path: Path) -> dict[str, float | str]:
-    """Of the average, the last row of a CSV of test.py: the metrics, NaN where undefined, and SEEN as it is."""
+    """Of the average, the last row of a CSV of test.py: metrics, NaN where undefined, SEEN as it is, and the intervals
+    over images of the differences from the longer base."""
     with open(path, newline="", encoding="utf-8") as file:
         *_, average = csv.DictReader(file)
-    return {name: float(average[name] or "nan") for name in METRICS} | {SEEN: average[SEEN]}
+    ends = [f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high")]
+    values = {name: float(average.get(name) or "nan") for name in (*METRICS, *ends)}
+    return values | {SEEN: average[SEEN]}
 
 
-def spread(values: list[float], signed: bool) -> str:
+# how long it takes
+
+
+def estimate(args: argparse.Namespace) -> float:
+    """Hours that all trainings and tests will take, from a few steps measured now on stand-in weights."""
+    loops = max(loop for variant in args.variants for loop in VARIANTS[variant][1])
+    words = [*common_words(args, args.recipe, 0), "--loops", str(loops)]
+    run = train_cross_attention.parse_arguments(words)
+    plan = train_cross_attention.make_plan(run, None)
+    machine = arguments.machine_of(run)
+    backbone = standin_backbone(plan.config.model_name, plan.config.img_size).to(machine.device)
+    batch = 2
+    seconds = {}
+    for name, step in cases(backbone, batch, DEFAULT).items():
+        step()
+        started = time.perf_counter()
+        step()
+        seconds[name] = (time.perf_counter() - started) / batch
+    first, later, image = (seconds[f"{name} step{when}"] for name, when in STEPS)
+    prepare(plan.settings.dataset, machine.data_root)
+    count = len(open_dataset(plan.settings.dataset, machine.data_root).records)
+    per_run = sum(
+        stage.epochs * count * (image if stage.name == "image" else first if stage.loop == 1 else later)
+        for stage in plan.stages
+    )
+    total = len(args.variants) * per_run
+    if args.resume is None:
+        base = train.make_plan(train.parse_arguments(common_words(args, args.base_recipe, 0)))
+        total += sum(stage.epochs * count * (image if stage.name == "image" else first) for stage in base.stages)
+    for name in args.dataset:
+        prepare(name, machine.data_root)
+    named = {"domain": args.domain, "class_name": args.class_name}
+    tested = sum(len(data.records) for data in open_all(args.dataset, machine.data_root, **named))
+    total += tested * len(tested_files(args, 0)) * seconds["evaluation, both cross-attentions"]
+    return len(args.seeds) * total / 3600
+
+
+# tables
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % interval by Student's t; an interval of one value is NaN."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def spread(values: list[float]) -> str:
     """Mean ± standard deviation, in percent; n/a where a value is undefined."""
     if any(map(math.isnan, values)):
         return "n/a"
-    mean = f"{round(100 * statistics.mean(values), 2) + 0.0:{'+' if signed else ''}.2f}"  # + 0.0: never -0.00
+    mean = f"{100 * statistics.mean(values):.2f}"
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def table(rows: list[dict], less: Callable[[dict], dict | None] = lambda row: None) -> str:
-    """Markdown: mean ± standard deviation over seeds of each metric, or of its difference from the row `less` names.
+def signed(value: float) -> str:
+    """A difference in percent, never -0.00."""
+    return f"{round(100 * value, 2) + 0.0:+.2f}"
 
-    Rows for which `less` names none of their seed are left out of a table of differences.
-    """
-    signed = any(less(row) for row in rows)
-    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
+
+def with_ends(mean: float, low: float, high: float) -> str:
+    """A difference with the ends of its interval, in percent; a star where these leave out 0."""
+    if math.isnan(mean):
+        return "n/a"
+    if math.isnan(low):
+        return signed(mean)
+    return f"{signed(mean)}{'*' if low > 0 or high < 0 else ''} [{signed(low)}, {signed(high)}]"
+
+
+def grouped(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """{(variant, loop): its rows over seeds}."""
+    groups: dict[tuple[str, int], list[dict]] = {}
     for row in rows:
-        other = less(row)
-        if signed and other is None:
-            continue
-        values = {name: row[name] - (other[name] if other else 0) for name in METRICS}
-        groups.setdefault((row["variant"], row["loop"]), []).append(values)
+        groups.setdefault((row["variant"], row["loop"]), []).append(row)
+    return groups
+
+
+def table(cells: dict[tuple[str, int], list[str]]) -> str:
+    """Markdown of one cell per metric."""
     lines = ["| | loop | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |"]
     lines.append("|---" * (2 + len(METRICS)) + "|")
-    for (variant, loop), runs in groups.items():
-        cells = (spread([values[name] for values in runs], signed) for name in METRICS)
-        lines.append(f"| {variant} | {loop} | " + " | ".join(cells) + " |")
+    lines += [f"| {variant} | {loop} | " + " | ".join(row) + " |" for (variant, loop), row in cells.items()]
     return "\n".join(lines)
 
 
-def report(rows: list[dict], head: str) -> str:
-    """The three tables as Markdown: results, less the seed's base, less the longer base of the seed and loop."""
+def differences(rows: list[dict], less: Callable[[dict], dict | None]) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """{(variant, loop): {metric: differences over seeds}} from the row that `less` names; without those it has none for."""
+    found = {}
+    for key, runs in grouped(rows).items():
+        pairs = [(row, other) for row in runs if (other := less(row)) is not None]
+        if pairs:
+            found[key] = {name: [row[name] - other[name] for row, other in pairs] for name in METRICS}
+    return found
+
+
+def references(rows: list[dict]) -> tuple[Callable[[dict], dict | None], Callable[[dict], dict | None]]:
+    """What a row is compared with: the base of its seed, and the longer base of its seed and loop."""
     known = {(row["variant"], row["loop"], row["seed"]): row for row in rows}
 
-    def base_of(row: dict) -> dict | None:
-        return known["base", 0, row["seed"]] if row["loop"] else None
+    def base(row: dict) -> dict | None:
+        return known["base", 0, row["seed"]] if row["variant"] != "base" else None
 
-    def control_of(row: dict) -> dict | None:
+    def control(row: dict) -> dict | None:
         return known.get((CONTROL, row["loop"], row["seed"])) if row["variant"] != CONTROL else None
 
-    parts = [head, "Results", table(rows), "Less the base of the same seed", table(rows, base_of)]
-    if any(control_of(row) for row in rows):
-        parts += [f"Less the {CONTROL} of the same seed and loop", table(rows, control_of)]
-    return "\n\n".join(parts) + "\n"
+    return base, control
+
+
+def verdict(rows: list[dict]) -> str:
+    """What the default does, against equally long training without it, in a sentence."""
+    _, control = references(rows)
+    found = differences(rows, control)
+    keys = [key for key in found if key[0] == DEFAULT]
+    if not keys:
+        return ""
+    variant, loop = max(keys, key=lambda key: key[1])
+    parts, words = [], []
+    for name in HEADLINE:
+        mean, low, high = interval(found[variant, loop][name])
+        parts.append(f"{name.replace('_', ' ')} by {with_ends(mean, low, high)}")
+        words.append("up" if low > 0 else "down" if high < 0 else "not more than seeds differ")
+    count = len(found[variant, loop][HEADLINE[0]])
+    changed = (
+        f"After {loop} loops, cross-attention with feedback changes {' and '.join(parts)} points against {CONTROL}"
+    )
+    return f"{changed} ({count} seeds): {', '.join(words)}."
+
+
+def report(rows: list[dict], dataset: str) -> str:
+    """The tables of one data set as Markdown."""
+    rows = [row for row in rows if row["dataset"] == dataset]
+    base, control = references(rows)
+    seen = any(row[SEEN] != "False" for row in rows)
+    parts = [f"## {dataset}", "**Not zero-shot**: the models may have been trained on this data set." if seen else ""]
+    parts += [verdict(rows), "Mean ± standard deviation over seeds, in percent"]
+    parts.append(table({key: [spread([r[n] for r in runs]) for n in METRICS] for key, runs in grouped(rows).items()}))
+    for title, less in (("the base of the same seed", base), (f"the {CONTROL} of the same seed and loop", control)):
+        found = differences(rows, less)
+        cells = {key: [with_ends(*interval(values[name])) for name in METRICS] for key, values in found.items()}
+        parts += [f"Less {title}: mean and 95 % interval over seeds (t, paired)", table(cells)]
+    cells = {
+        key: [_over_images(runs, name) for name in METRICS]
+        for key, runs in grouped([row for row in rows if control(row)]).items()
+    }
+    parts += [
+        f"Less the {CONTROL}: 95 % interval over the images of the test, mean over seeds of its ends",
+        table(cells),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _over_images(runs: list[dict], name: str) -> str:
+    low, high = (statistics.mean(row[f"{name}_less_control_{end}"] for row in runs) for end in ("low", "high"))
+    return "n/a" if math.isnan(low) else f"[{signed(low)}, {signed(high)}]"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Differences from the longer base: every seed a dot, the mean with its interval over seeds, per data set."""
+    data_sets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure = Figure(figsize=(9, 1 + 2.6 * len(data_sets)), layout="constrained")
+    axes = figure.subplots(len(data_sets), len(HEADLINE), squeeze=False, sharey=True)
+    for line, dataset in zip(axes, data_sets, strict=True):
+        chosen = [row for row in rows if row["dataset"] == dataset]
+        found = differences(chosen, references(chosen)[1])
+        for axis, name in zip(line, HEADLINE, strict=True):
+            for place, values in enumerate(found.values()):
+                mean, low, high = (100 * value for value in interval(values[name]))
+                axis.plot([100 * value for value in values[name]], [place] * len(values[name]), ".", color="#999999")
+                axis.plot([low, high], [place, place], color="#0072B2", linewidth=2)
+                axis.plot([mean], [place], "o", color="#0072B2", markersize=5)
+            axis.axvline(0, color="#222222", linewidth=0.8)
+            axis.set_yticks(range(len(found)), [f"{variant}, loop {loop}" for variant, loop in found], fontsize=7)
+            axis.set_title(f"{dataset}: {name.replace('_', ' ')}, points", fontsize=8)
+            axis.tick_params(axis="x", labelsize=7)
+        line[0].invert_yaxis()
+    figure.suptitle(f"Less the {CONTROL}: mean and 95 % interval over seeds", fontsize=9)
+    save_figure(figure, path)
 
 
 def main() -> None:
     args = parse_arguments()
-    rows, seeds = [], list(dict.fromkeys(args.seeds))
-    with progress(total=len(seeds) * (2 + len(args.variants)), desc=args.name, unit="run") as bar:
+    seeds = list(dict.fromkeys(args.seeds))
+    hours = estimate(args)
+    print(f"All of it takes about {hours:.1f} hours of one process here; what is trained already counts as new.")
+    bases = [base_job(args, seed) for seed in seeds] if args.resume is None else []
+    trainings = [variant_job(args, seed, variant) for seed in seeds for variant in args.variants]
+    with progress(total=len(bases) + len(trainings) + len(seeds), desc=args.name, unit="run") as bar:
+        run_all(bases, args.jobs, bar)
+        run_all(trainings, args.jobs, bar)
         for seed in seeds:
-            rows += run_seed(args, seed, bar)
+            give_untrained(args, seed)
+        run_all([test_job(args, seed) for seed in seeds], args.jobs, bar)
+    rows = [row for seed in seeds for row in read_results(args, seed)]
     folder = REPOSITORY / "results"
     folder.mkdir(exist_ok=True)
     write_csv(folder / f"{args.name}.csv", rows)
-    trained = f"Trained on {args.train_dataset}, tested" if args.train_dataset else "Tested"
-    head = (
-        f"{trained} on {args.dataset}; in percent, mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
-    )
-    if any(row[SEEN] != "False" for row in rows):
-        head += " **Not zero-shot**: the models may have been trained on this data set."
-    text = report(rows, f"{head}\n\n    {shlex.join(['python', '-m', 'benchmarks.variants', *sys.argv[1:]])}")
-    (folder / f"{args.name}.md").write_text(text, encoding="utf-8")
+    draw(rows, folder / f"{args.name}.png")
+    command = shlex.join(["python", "-m", "benchmarks.variants", *sys.argv[1:]])
+    names = dict.fromkeys(row["dataset"] for row in rows)
+    text = "\n\n".join([f"# {args.name}", f"    {command}", f"![]({args.name}.png)", *(report(rows, n) for n in names)])
+    (folder / f"{args.name}.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
