@@ -326,7 +326,7 @@ def table(cells: dict[tuple[str, int], list[str]]) -> str:
 
 
 def differences(rows: list[dict], less: Callable[[dict], dict | None]) -> dict[tuple[str, int], dict[str, list[float]]]:
-    """{(variant, loop): {metric: differences over seeds}} from the row that `less` names; without those it has none for."""
+    """{(variant, loop): {metric: differences over seeds}} from the row that `less` names, where it names one."""
     found = {}
     for key, runs in grouped(rows).items():
         pairs = [(row, other) for row in runs if (other := less(row)) is not None]

@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.commands import add_data_root
-from dataset.constants import NORMAL_PROMPTS, class_prompts
 from dataset.images import read_record
 from dataset.sets import DataSet, open_dataset
 from dataset.transforms import Transform
@@ -36,7 +35,7 @@ from forward_utils_cross_attention import PromptBank
 from utils.checkpoints import load_checkpoint, loop_files
 from utils.judging import Detector, calibrated_extremes, scaled
 from utils.models import ModelLoader
-from utils.report.pictures import attention_weights, prompts_on_patches
+from utils.report.pictures import attention_weights
 
 PICTURES = Path(__file__).parent / "pictures"
 # Pixels of a picture for each of a README page, which is 830 wide.
@@ -48,7 +47,7 @@ INK = "#222222"
 FROZEN, PLAIN = ("#777777", "#EEEEEE"), (INK, "white")
 MAP_COLOURS, ATTENTION_COLOURS = "inferno", "viridis"
 OUTLINE = "cyan"
-# What the strip shows, (class, which image of it), and the image that the prompts look at.
+# What the strip shows, (class, which image of it), and the image that the cross-attentions look at.
 SHOWN = (("bottle_top", 21), ("key", 23), ("battery", 49), ("cork", 0))
 LOOKED_AT = ("bottle_top", 31)
 # A pixel of a README page in points of a figure of 100 of them to the inch.
@@ -106,27 +105,25 @@ def draw_strip(detectors: list[Detector], data: DataSet) -> Figure:
 
 
 def draw_prompts(detectors: list[Detector], data: DataSet) -> Figure:
-    """What a prompt looks at in one image before the first step and after the last, and the difference."""
+    """Where the cross-attentions of the last loop look in one image, as means over levels."""
     class_name, index = LOOKED_AT
-    image, mask, pixels = read(data, class_name, index, detectors[0])
-    prompts = class_prompts(data.descriptions[class_name])
-    before, after = (
-        prompts_on_patches(
-            attention_weights(detector, pixels, class_name)["text_cross_attn"],
-            [len(detector.model.backbone.token_texts(prompt)) for prompt in prompts],
-            detector.model.backbone.grid,
-        )[0][NORMAL_PROMPTS]
-        for detector in detectors
+    image, mask, pixels = read(data, class_name, index, detectors[-1])
+    grid = detectors[-1].model.backbone.grid
+    weights = attention_weights(detectors[-1], pixels, class_name)
+    like, taken = (
+        weights[name].mean(dim=0).unflatten(0, (grid, grid)).numpy() for name in ("text_cross_attn", "image_cross_attn")
     )
-    side, gap, top, bar = 186, 28, 26, 46
-    figure = blank(4 * (side + gap) - gap + 2, top + side + bar)
-    look: dict[str, Any] = {"cmap": ATTENTION_COLOURS, "vmin": 0, "vmax": max(before.max(), after.max())}
-    most, even = max(float(np.abs(after - before).max()), 0.1), "attention (1: even)"
+    side, gap, top, bar = 232, 56, 26, 46
+    figure = blank(3 * (side + gap) - gap + 2, top + side + bar)
+    most = float(np.abs(taken).max())
     shown: tuple[tuple[str, dict[str, Any], str | None], ...] = (
-        (f"“{prompts[NORMAL_PROMPTS]}”", {"X": image}, None),
-        ("before training", {"X": before} | look, even),
-        ("after loop 3", {"X": after} | look, even),
-        ("after minus before", {"X": after - before, "cmap": "PuOr_r", "vmin": -most, "vmax": most}, "difference"),
+        ("image and defect", {"X": image}, None),
+        ("text -> image", {"X": like, "cmap": ATTENTION_COLOURS}, "cosine with the patches most like it"),
+        (
+            "image -> text",
+            {"X": taken, "cmap": "PuOr_r", "vmin": -most, "vmax": most},
+            "what det takes (negative: gives)",
+        ),
     )
     for column, (head, picture, what) in enumerate(shown):
         x = 1 + column * (side + gap)
@@ -193,32 +190,30 @@ def draw_method() -> Figure:
 
 
 def draw_forward(page: Drawing, text_row: float, image_row: float) -> None:
-    """The text side, the image side beneath it, and what goes from one to the other; rows are their middles."""
-    rows = {
-        text_row: ("16 prompts:\n“a photo of a nut.”\n“a broken nut.” …", "text\nblock 0", "text cross-\nattention"),
-        image_row: ("an image", "ViT\nblock 0", "image cross-\nattention"),
-    }
-    towers = {text_row: "text_adapter, in\nfrozen text blocks", image_row: "image_adapter, in\nfrozen ViT blocks"}
-    results = {text_row: "normal and\nabnormal anchor", image_row: "V1 … V4, det\nand CLS"}
-    for row, side in ((text_row, TEXT), (image_row, IMAGE)):
-        given, first, added = rows[row]
+    """The text side, the image side beneath it, and where each looks at the other; rows are their middles."""
+    rows = (
+        (text_row, TEXT, "16 prompts:\n“a photo of a nut.”\n“a broken nut.” …", "text blocks,\nadapters", "anchors"),
+        (image_row, IMAGE, "an image", "ViT blocks,\nadapters", "V1 … V4,\ndet"),
+    )
+    added = (
+        (text_row, "text cross-\nattention", "anomaly\nmap"),
+        (image_row, "image cross-\nattention", "detection\nscore"),
+    )
+    for row, side, given, tower, result in rows:
         page.words(57, row, given, 11.5)
-        page.box(130, row - 26, 72, 52, first, FROZEN)
-        page.box(244, row - 26, 112, 52, added, ADDED, weight="bold")
-        page.box(386, row - 26, 148, 52, towers[row], side)
-        page.box(564, row - 26, 116, 52, results[row], side)
-        for start, end in ((116, 130), (202, 244), (356, 386), (534, 564)):
+        page.box(130, row - 26, 112, 52, tower, side)
+        page.box(280, row - 26, 96, 52, result, side)
+        for start, end in ((116, 130), (242, 280), (376, 520)):
             page.arrow((start, row), (end, row), colour=side[0])
+    for row, module, result in added:
+        page.box(520, row - 28, 124, 56, module, ADDED, weight="bold")
+        page.box(718, row - 28, 112, 56, result, PLAIN, weight="bold")
+        page.arrow((644, row), (718, row))
     middle = (text_row + image_row) / 2
-    page.box(718, middle - 30, 112, 60, "anomaly map,\ndetection score", PLAIN, weight="bold", size=11.5)
-    page.arrow((680, text_row), (774, text_row), (774, middle - 30), colour=TEXT[0])
-    page.arrow((680, image_row), (774, image_row), (774, middle + 30), colour=IMAGE[0])
-    # Contexts.
-    page.arrow((220, text_row), (220, middle + 20), (276, middle + 20), (276, image_row - 26), colour=TEXT[0])
-    context = "text context: the prompts (after text_adapter.0), without any image"
-    page.words(288, middle + 31, context, 11.5, ha="left", colour=TEXT[0])
-    page.arrow((622, image_row - 26), (622, middle - 20), (324, middle - 20), (324, text_row + 26), colour=IMAGE[0])
-    page.words(336, middle - 32, "image context: V1 and CLS of this image", 11.5, ha="left", colour=IMAGE[0])
+    page.arrow((352, image_row - 26), (352, middle), (556, middle), (556, text_row + 28), colour=IMAGE[0])
+    page.words(346, middle, "each patch and\nits like", 11.5, ha="right", colour=IMAGE[0])
+    page.arrow((608, text_row + 28), (608, image_row - 28), colour=TEXT[0])
+    page.words(616, middle, "where the prompts\nfind a defect", 11.5, ha="left", colour=TEXT[0])
 
 
 def draw_loops(page: Drawing, top: float) -> None:

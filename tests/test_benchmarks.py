@@ -9,83 +9,126 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 
 from benchmarks import variants
+from benchmarks.variants import CONTROL, DEFAULT, Job
+from tests.conftest import EPOCHS, tensors
 from utils.errors import TrainingError, TrainingStoppedError
 
-
-def row(variant: str, loop: int, seed: int, value: float) -> dict:
-    return {"variant": variant, "loop": loop, "seed": seed} | dict.fromkeys(variants.METRICS, value)
+BAR = Namespace(update=lambda: None)
 
 
-def test_tables_of_differences_pair_seeds_and_loops():
-    rows = [
+def row(variant: str, loop: int, seed: int, value: float, ends: tuple[float, float] = (math.nan, math.nan)) -> dict:
+    head = {"dataset": "parts", "variant": variant, "loop": loop, "seed": seed, variants.SEEN: "False"}
+    sides = dict(zip(("low", "high"), ends, strict=True))
+    over_images = {f"{name}_less_control_{end}": v for name in variants.METRICS for end, v in sides.items()}
+    return head | dict.fromkeys(variants.METRICS, value) | over_images
+
+
+def rows() -> list[dict]:
+    return [
         *(row("base", 0, seed, value) for seed, value in ((0, 0.50), (1, 0.60))),
-        *(row(variants.CONTROL, 1, seed, value) for seed, value in ((0, 0.52), (1, 0.61))),
-        *(row("both", 1, seed, value) for seed, value in ((0, 0.56), (1, 0.63))),
-        *(row("both", 3, seed, value) for seed, value in ((0, 0.50), (1, 0.70))),
+        *(row(CONTROL, 1, seed, value) for seed, value in ((0, 0.52), (1, 0.61))),
+        *(row(DEFAULT, 1, seed, value, (0.01, 0.03)) for seed, value in ((0, 0.56), (1, 0.63))),
+        *(row(DEFAULT, 3, seed, value) for seed, value in ((0, 0.50), (1, 0.70))),
     ]
-    head, _, results, _, base, _, control = variants.report(rows, "head").split("\n\n")
-    assert head == "head"
-    assert "| base | 0 | 55.00 ± 7.07 |" in results and "| both | 3 | 60.00 ± 14.14 |" in results
-    assert "| both | 1 | +4.50 ± 2.12 |" in base and "| longer base | 1 | +1.50 ± 0.71 |" in base
+
+
+def test_tables_pair_seeds_and_loops_and_give_intervals_of_t():
+    _, said, _, results, _, base, _, control, _, images = variants.report(rows(), "parts").split("\n\n")
+    assert "| base | 0 | 55.00 ± 7.07 |" in results and "| joint | 3 | 60.00 ± 14.14 |" in results
+    # 12.706 is Student's t for 97.5 % and one degree of freedom.
+    assert "| joint | 1 | +4.50 [-14.56, +23.56] |" in base and "| longer base | 1 | +1.50 [-4.85, +7.85] |" in base
     assert "| base |" not in base
-    assert "| both | 1 | +3.00 ± 1.41 |" in control
-    assert "longer base |" not in control and "| both | 3 |" not in control  # there is no control of this loop
+    assert "| joint | 1 | +3.00 [-9.71, +15.71] |" in control
+    assert "longer base |" not in control and "| joint | 3 |" not in control  # there is no control of this loop
+    assert "| joint | 1 | [+1.00, +3.00] |" in images
+    assert "After 1 loops" in said and "(2 seeds): not more than seeds differ, not more than" in said
+    assert variants.interval([0.02, 0.03, 0.04])[1:] == pytest.approx((0.03 - 0.02484, 0.03 + 0.02484), abs=1e-5)
+    assert variants.with_ends(0.03, 0.005, 0.055) == "+3.00* [+0.50, +5.50]"
+    assert variants.with_ends(-0.00001, math.nan, math.nan) == "+0.00"
 
 
-def test_a_seed_trains_the_base_and_every_variant_and_tests_all_at_once(monkeypatch, tmp_path):
+def test_the_figure_shows_every_difference(tmp_path):
+    variants.draw(rows(), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def arguments_of(**changes) -> Namespace:
+    given = {"name": "x", "resume": None, "base_recipe": Path("a.args"), "recipe": Path("b.args"), "jobs": 2}
+    given |= {"dataset": ["mvtec_ad"], "variants": [CONTROL, DEFAULT], "data_root": "d", "train_dataset": "parts"}
+    given |= {"clip_weights": None, "device": "cpu", "num_workers": None, "precision": None}
+    return Namespace(**given | {"domain": "medical", "class_name": None} | changes)
+
+
+def test_what_a_seed_trains_and_tests(monkeypatch, tmp_path):
     monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
-    calls = []
+    args, folder = arguments_of(), tmp_path / "ckpt" / "x_7"
+    common = ["--dataset", "parts", "--seed", "7", "--data_root", "d", "--device", "cpu"]
+    assert variants.base_job(args, 7) == Job(
+        folder / "base.log", "train", ["@a.args", *common, "--save_path", str(folder / "base")]
+    )
+    longer = variants.variant_job(args, 7, CONTROL)
+    assert longer.words[: 1 + len(common)] == ["@b.args", *common] and "--feedback off --no_text" in " ".join(
+        longer.words
+    )
+    assert longer.words[longer.words.index("--resume") + 1] == str(folder / "base")
+    given = variants.variant_job(arguments_of(resume=Path("ckpt/mine")), 7, DEFAULT)
+    assert given.words[given.words.index("--resume") + 1] == "ckpt/mine"
+    test = variants.test_job(args, 7).words
+    assert test[-6:] == ["--domain", "medical", "--data_root", "d", "--device", "cpu"]
+    assert test[test.index("--control") + 1] == str(folder / "longer_base")
+    tested = list(variants.tested_files(args, 7))
+    assert tested[:5] == [("base", 0), (CONTROL, 1), (CONTROL, 3), (DEFAULT, 1), (DEFAULT, 3)]
+    assert tested[5:] == [("base, untrained joint", 1), ("longer base, untrained joint", 3)]
+    for number, path in enumerate(variants.tested_files(args, 7).values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f"{path.stem}_MVTec.csv"), "w", newline="", encoding="utf-8") as file:
+            others = [0.5] * (len(variants.METRICS) - 2)
+            lines = [["class", *variants.METRICS, variants.SEEN], ["bolt", 9, 9, *others, "True"]]
+            csv.writer(file).writerows([*lines, ["average", number, "", *others, "False"]])
+    found = variants.read_results(args, 7)
+    assert [one["pixel_auroc"] for one in found] == [*range(7)] and found[0][variants.SEEN] == "False"
+    assert math.isnan(found[0]["pixel_ap"]) and found[0]["image_ap"] == 0.5 and found[0]["dataset"] == "MVTec"
 
-    def call(log: Path, script: str, *words: object) -> None:
-        calls.append((script, [str(word) for word in words]))
-        if script == "test":
-            for number, path in enumerate(words[1 : words.index("--dataset")]):
-                stem = path / "base" if path.name == "base" else path.with_suffix("")
-                stem.parent.mkdir(parents=True, exist_ok=True)
-                with open(stem.with_name(f"{stem.name}_MVTec.csv"), "w", newline="", encoding="utf-8") as file:
-                    others = [0.5] * (len(variants.METRICS) - 2)
-                    rows = [["class", *variants.METRICS, variants.SEEN], ["bolt", 9, 9, *others, "True"]]
-                    rows.append(["average", number, "", *others, "False"])
-                    csv.writer(file).writerows(rows)
 
-    monkeypatch.setattr(variants, "call", call)
-    chosen = [variants.CONTROL, "both, adapted"]
-    args = Namespace(name="x", recipe=["a.args", "b.args"], dataset="mvtec_ad", variants=chosen, data_root="d")
-    vars(args).update(train_dataset="parts", clip_weights=None, device="cpu", num_workers=None, precision=None)
-    vars(args).update(domain="medical", class_name=None)
-    rows = variants.run_seed(args, 7, Namespace(update=lambda: None))
-    assert [script for script, _ in calls] == ["train", "train_cross_attention", "train_cross_attention", "test"]
-    assert all(words[1:3] == ["--seed", "7"] for script, words in calls if script != "test")
-    assert [words[words.index("--dataset") + 1] for _, words in calls] == ["parts"] * 3 + ["mvtec_ad"]
-    assert calls[-1][1][-6:] == ["--domain", "medical", "--data_root", "d", "--device", "cpu"]
-    assert "--feedback off" in " ".join(calls[1][1]) and "--loops 3" in " ".join(calls[1][1])
-    expected = [("base", 0), *((name, loop) for name in chosen for loop in (1, 3))]
-    assert [(found["variant"], found["loop"]) for found in rows] == expected
-    assert [found["pixel_auroc"] for found in rows] == [0, 1, 2, 3, 4]
-    assert math.isnan(rows[0]["pixel_ap"]) and rows[0]["image_ap"] == 0.5
-    assert "| longer base | 3 | 200.00 | n/a | 50.00 |" in variants.report(rows, "head")
-    assert rows[0][variants.SEEN] == "False"
+def test_a_longer_base_is_given_open_gates(scripts, base, monkeypatch, tmp_path):
+    monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(variants, "GIVEN", {"base, untrained joint": 0, "longer base, untrained joint": 1})
+    args = arguments_of()
+    longer = variants.run_folder(args, 0, CONTROL)
+    off = ["--feedback", "off", *variants.NO_MODULES, "--loops", "1", "--save_path", longer]
+    small = ["--dataset", "small", "--device", "cpu", *EPOCHS]
+    assert scripts("train_cross_attention", *small, "--resume", base, *off) == 0
+    variants.give_untrained(args, 0)
+    for name, loop in variants.GIVEN.items():
+        path = variants.run_folder(args, 0, name) / "loop_1.pth"
+        found, source = tensors(path), tensors(longer / f"loop_{loop}.pth")
+        assert torch.equal(found["text_cross_attn.gate"], torch.full((4,), 0.3))
+        assert torch.equal(found["image_cross_attn.gate"], torch.full((4,), 1.0))
+        assert all(torch.equal(found[key], value) for key, value in source.items())
+        assert scripts("test", "--ckpt", path, "--dataset", "small", "--device", "cpu", "--resamples", "20") == 0
 
 
 def test_a_script_that_fails_or_is_stopped_ends_the_grid(monkeypatch, tmp_path):
     monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
     (tmp_path / "fails.py").write_text("raise SystemExit(3)", encoding="utf-8")
     with pytest.raises(TrainingError, match=r"Exit code 3, see .*output.log"):
-        variants.call(tmp_path / "logs" / "output.log", "fails")
+        variants.run_all([Job(tmp_path / "logs" / "output.log", "fails", [])], 1, BAR)
     waits = (
-        "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: exit(print('saved')))\nprint('on', flush=True)\n"
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: exit(print('saved')))\n"
+        "print('on', flush=True)\n"
     )
     (tmp_path / "waits.py").write_text(f"{waits}time.sleep(60)", encoding="utf-8")
-    log = tmp_path / "output.log"
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
 
     def stop() -> None:
-        while "on" not in (log.read_text(encoding="utf-8") if log.exists() else ""):
+        while not all("on" in (log.read_text(encoding="utf-8") if log.exists() else "") for log in logs):
             time.sleep(0.05)
         signal.raise_signal(signal.SIGTERM)
 
     Thread(target=stop).start()
     with pytest.raises(TrainingStoppedError, match="goes on from here"):
-        variants.call(log, "waits")
-    assert "saved" in log.read_text(encoding="utf-8")
+        variants.run_all([Job(log, "waits", []) for log in logs], 2, BAR)
+    assert all("saved" in log.read_text(encoding="utf-8") for log in logs)
