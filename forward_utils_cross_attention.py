@@ -1,10 +1,14 @@
-"""From model outputs to results: prompts -> contexts and anchors, with the image's features -> maps, scores, losses.
+"""From model outputs to results: prompts -> anchors, with the image's features -> maps, scores, losses.
+
+    prompts of a class -> text blocks, adapters -> anchors [B, E, 2] --+
+    image -> ViT blocks, adapters -> V1..V4, det, CLS -----------------+
+          -> cosines (text cross-attention) and det (image cross-attention) -> maps and score -> losses, or metrics
+
+With `--cross_attn block` each tower has its cross-attention after block 0, and looks at the other's context:
 
     prompts of a class ---- text block 0, adapter 0 ----> text context --+
-    image -> ViT blocks (image cross-attention, adapters) <--------------+
-          -> V1..V4, det, CLS --> image context --+
-    prompts -> text blocks (text cross-attention, adapters) <------------+  -> anchors [B, E, 2]
-    V1..V4, det with anchors -> maps and score -> losses, or metrics
+    image -> ViT blocks <------------------------------------------------+  -> V1..V4, det, CLS -> image context --+
+    prompts -> text blocks <---------------------------------------------------------------------------------------+
 
 Shapes: B images, N patches, E the embedding width, S the image size, P prompts of a class. Formulas are those of
 AA-CLIP (arXiv 2503.06661) as its published code computes them.

@@ -39,10 +39,10 @@ from utils.checkpoints import load_checkpoint
 from utils.cli import run_script
 
 
-def test_the_two_sets_divide_the_categories():
-    train, test = (set(DATA_SETS[name].classes) for name in building.DEMO_SETS)
-    assert len(train) == len(test) == 12 and not train & test
-    assert train | test == set(PRODUCTS)
+def test_the_three_sets_divide_the_categories():
+    sets = [set(DATA_SETS[name].classes) for name in building.DEMO_SETS]
+    assert [len(classes) for classes in sets] == [12] * 3
+    assert set.union(*sets) == set(PRODUCTS) and len(PRODUCTS) == 36
 
 
 @pytest.mark.parametrize("category", PRODUCTS)
@@ -83,7 +83,7 @@ def test_a_demo_set_is_rendered_where_it_is_prepared(tmp_path, monkeypatch, capl
     for use in (open_dataset, find_dataset):
         with pytest.raises(FileNotFoundError) as error:
             use("demo_test", root)
-        assert f"Render it: python -m dataset.metadata demo_train demo_test --data_root {root} (" in str(error.value)
+        assert f"Render it: python -m dataset.metadata demo_train demo_dev demo_test --data_root {root} (" in str(error.value)
     assert not list(tmp_path.iterdir())
     with caplog.at_level("INFO", "dataset"):
         prepare("demo_test", root)
@@ -137,15 +137,15 @@ def test_unseen_categories_are_only_seen_intact():
 
 
 def test_captions_of_unseen_categories_are_silent_about_the_condition():
-    category = torch.arange(24).repeat(8)
+    category = torch.arange(36).repeat(8)
     is_seen = torch.tensor([number in TRAIN for number in category.tolist()])
-    condition = torch.where(is_seen, torch.arange(192) % 9, UNKNOWN)  # intact and all eight kinds
-    colour = torch.arange(192) % 11
+    condition = torch.where(is_seen, torch.arange(288) % 9, UNKNOWN)  # intact and all eight kinds
+    colour = torch.arange(288) % 11
     captions = draw_captions(category, colour, condition, np.random.default_rng(0))
     spoken = [caption for caption in captions if caption.says != SILENT]
     assert {caption.says for caption in spoken} >= {SAYS_INTACT, SAYS_DAMAGED, NAMED}
     assert all(caption.category is None or caption.category in TRAIN for caption in spoken)
-    assert len({caption.category for caption in captions if caption.says == SILENT}) == 24
+    assert len({caption.category for caption in captions if caption.says == SILENT}) == 36
     true, known = truth(captions, category, colour, condition)
     speaks = torch.tensor([caption.says != SILENT for caption in captions])
     assert not (true & known)[~is_seen][:, speaks].any()
@@ -245,7 +245,8 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_the_shipped_model_knows_its_products(backbone):
     quality = pretrain_demo.measure(backbone, per_category=20)
     assert quality["accuracy"] > 0.8
-    assert quality["image_auroc_unseen"] > 0.6 and quality["patch_auroc_unseen"] > 0.75
+    for name in ("dev", "test"):
+        assert quality[f"image_auroc_{name}"] > 0.6 and quality[f"patch_auroc_{name}"] > 0.75
 
 
 def test_regions_weigh_damage_threefold():
