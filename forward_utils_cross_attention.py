@@ -298,8 +298,8 @@ def detection_cosines(encoding: Encoding) -> Tensor:
 
 
 class Prediction(NamedTuple):
-    """`maps` [B, S, S], higher where more anomalous, unbounded; `detection_scores` [B] in [0, 1]; `single_scores` [B],
-    image scores in [0, 1] that need no other image.
+    """`maps` [B, S, S], higher where more anomalous, unbounded; `detection_scores` [B]; `single_scores` [B], image
+    scores that need no other image. Both are in [0, 1]; open gates may bring them a little beyond.
     """
 
     maps: Tensor

@@ -133,6 +133,15 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
     return [r for r in records if r not in held], [r for r in records if r in held]
 
 
+def hold_out_classes(records: list[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """Divide into a training part and `count` whole classes, drawn with `seed`. Raises ValueError where none is left."""
+    classes = list(dict.fromkeys(record.class_name for record in records))
+    if count >= len(classes):
+        raise ValueError(f"{count} classes to hold out: expected at most {len(classes) - 1} of {', '.join(classes)}.")
+    held = {classes[index] for index in np.random.default_rng(seed).permutation(len(classes))[:count]}
+    return [r for r in records if r.class_name not in held], [r for r in records if r.class_name in held]
+
+
 def _groups(records: list[Record]) -> dict[tuple[str, int], list[Record]]:
     """{(class, label): records}; both labels of every class are there, so that an absent kind is seen."""
     groups: dict[tuple[str, int], list[Record]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dataset.constants import DATA_SETS, class_prompts, describe_class
-from dataset.records import Record, few_shot, hold_out, read_records, write_records
+from dataset.records import Record, few_shot, hold_out, hold_out_classes, read_records, write_records
 from dataset.sets import canonical_name, draw_few_shot, open_all, open_dataset, result_name
 from tests.conftest import listing, write_small_dataset
 
@@ -124,6 +124,18 @@ def test_few_shot_draws_half_of_each_kind(root):
     for shot, kept, message in [(12, records, "needed 6"), (2, records[:4], "0 anomalous")]:
         with pytest.raises(ValueError, match=message):
             few_shot(kept, shot, seed=1)
+
+
+def test_whole_classes_are_held_out():
+    records = [Record(f"{name}/{n}.png", n % 2, name, None) for name in "abcd" for n in range(4)]
+    train, held_out = hold_out_classes(records, 2, seed=3)
+    apart = [{record.class_name for record in part} for part in (train, held_out)]
+    assert len(apart[0]) == len(apart[1]) == 2 and not apart[0] & apart[1] and len(train) == 8
+    assert hold_out_classes(records, 2, seed=3) == (train, held_out)
+    drawn = {tuple(sorted({r.class_name for r in hold_out_classes(records, 2, seed)[1]})) for seed in range(20)}
+    assert len(drawn) > 3
+    with pytest.raises(ValueError, match="4 classes to hold out: expected at most 3 of a, b, c, d"):
+        hold_out_classes(records, 4, seed=3)
 
 
 def test_hold_out_takes_a_share_of_each_class_and_kind(root):

@@ -83,7 +83,9 @@ def test_a_demo_set_is_rendered_where_it_is_prepared(tmp_path, monkeypatch, capl
     for use in (open_dataset, find_dataset):
         with pytest.raises(FileNotFoundError) as error:
             use("demo_test", root)
-        assert f"Render it: python -m dataset.metadata demo_train demo_dev demo_test --data_root {root} (" in str(error.value)
+        assert f"Render it: python -m dataset.metadata demo_train demo_dev demo_test --data_root {root} (" in str(
+            error.value
+        )
     assert not list(tmp_path.iterdir())
     with caplog.at_level("INFO", "dataset"):
         prepare("demo_test", root)

@@ -58,6 +58,13 @@ class Settings:
         parse=_shot,
     )
     val_fraction: float = _flag("share of each class held out; its losses are logged", 0.0, "data", parse=_fraction)
+    val_classes: int = _flag(
+        "whole classes held out, drawn by --seed; their losses are logged, and calibrations are fitted to them",
+        0,
+        "data",
+        least=0,
+        added=True,
+    )
     augment: str = _flag(
         "published: moved by nearest neighbours, filled with the mean colour; smooth: bilinear and reflected",
         "published",

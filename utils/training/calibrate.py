@@ -13,6 +13,7 @@ from dataset.transforms import Transform
 from utils import calibration
 from utils.judging import Detector, judge_batches
 from utils.logs import progress
+from utils.options import completed
 from utils.settings import Settings
 from utils.training.data import TrainingData
 from utils.training.plan import Plan
@@ -54,8 +55,9 @@ def _base_saw_held_out(base: dict, settings: Settings) -> bool:
     seen = {canonical_name(name) for name in base.get("datasets", [])}
     if not seen & {canonical_name(settings.dataset), "unknown"}:
         return False
-    same = ("dataset", "seed", "val_fraction", "shot")
+    same = ("dataset", "seed", "val_fraction", "val_classes", "shot")
     own = base.get("training") or {}
+    own = completed(Settings, own)
     return any(own.get(name) != getattr(settings, name) for name in same)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from dataset.images import check_files
 from dataset.loading import AnomalyDataset, ImageCache, cache_images
 from dataset.prepare import prepare
-from dataset.records import Record, digest, hold_out
+from dataset.records import Record, digest, hold_out, hold_out_classes
 from dataset.sets import draw_few_shot, open_dataset
 from dataset.transforms import Transform
 from utils.settings import Settings
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Records to train on and, with `--val_fraction`, those held out; the rest as in `dataset.sets.DataSet`.
+    """Records to train on and, with `--val_fraction` or `--val_classes`, those held out; the rest as in `dataset.sets.DataSet`.
 
     `cache` holds the images of both, None where every epoch reads the files.
     """
@@ -50,7 +50,7 @@ def load_training_data(settings: Settings, data_root: Path, img_size: int, in_me
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
-    train, held_out = hold_out(records, settings.val_fraction, settings.seed)
+    train, held_out = _divide(records, settings)
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
@@ -60,6 +60,18 @@ def load_training_data(settings: Settings, data_root: Path, img_size: int, in_me
         check_files(data.folder, records)
     _report_maskless(train)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
+
+
+def _divide(records: list[Record], settings: Settings) -> tuple[list[Record], list[Record]]:
+    """Those to train on and those held out."""
+    if not settings.val_classes:
+        return hold_out(records, settings.val_fraction, settings.seed)
+    if settings.val_fraction:
+        raise ValueError("--val_fraction and --val_classes both hold images out: give one of them.")
+    try:
+        return hold_out_classes(records, settings.val_classes, settings.seed)
+    except ValueError as error:
+        raise ValueError(f"--val_classes: {error}") from error
 
 
 def _report_maskless(records: list[Record]) -> None:

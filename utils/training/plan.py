@@ -12,6 +12,10 @@ from model.backbone import Backbone, empty_backbone
 from utils.settings import Settings
 
 
+# The list of the classes that --val_classes holds out.
+VAL_CLASSES_FILE = "val_classes.txt"
+
+
 def stage_title(name: str) -> str:
     """A stage as messages call it."""
     return f"Stage {STAGES.index(name) + 1}"
@@ -173,5 +177,6 @@ def describe_plan(plan: Plan) -> str:
         epochs = f"{stage.epochs} epoch{'s' * (stage.epochs > 1)}"
         lines.append(f"  loop {stage.loop}  {stage.title}  {epochs}, batch {stage.batch_size}, {rate}{looks}")
     files = plan.files if settings.shot is None else [*plan.files, shot_file(settings)]
+    files = [*files, VAL_CLASSES_FILE] if settings.val_classes else files
     lines += ["", f"Files in {plan.folder}", *(f"  {name}" for name in files)]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP
 from utils import checkpoints
 from utils.errors import TrainingError, TrainingStoppedError
+from utils.files import write_text
 from utils.judging import Detector
 from utils.logs import log_to_file, progress
 from utils.signals import StopSignal
@@ -27,7 +28,7 @@ from utils.training.guard import guarded
 from utils.training.log import TrainingLog
 from utils.training.measures import Means, added_terms, gradient_norms, to_floats, update_norms
 from utils.training.optimizer import make_optimizer, set_learning_rates
-from utils.training.plan import Plan, Position, Stage, shot_file, vv_start
+from utils.training.plan import VAL_CLASSES_FILE, Plan, Position, Stage, shot_file, vv_start
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ class Trainer:
         log_to_file(self.folder / "train.log")
         if self._state is None and self.settings.shot is not None:
             write_records(self.folder / shot_file(self.settings), self.data.train + self.data.held_out)
+        if self._state is None and self.settings.val_classes:
+            held_out = dict.fromkeys(record.class_name for record in self.data.held_out)
+            write_text(self.folder / VAL_CLASSES_FILE, "\n".join([*held_out, ""]))
 
     def save(self) -> None:
         """Write all that exact continuation needs."""
