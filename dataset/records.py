@@ -134,7 +134,10 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
 
 
 def hold_out_classes(records: list[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Divide into a training part and `count` whole classes, drawn with `seed`. Raises ValueError where none is left."""
+    """Divide into a training part and `count` whole classes, drawn with `seed`.
+
+    Raises ValueError where no class is left to train on.
+    """
     classes = list(dict.fromkeys(record.class_name for record in records))
     if count >= len(classes):
         raise ValueError(f"{count} classes to hold out: expected at most {len(classes) - 1} of {', '.join(classes)}.")

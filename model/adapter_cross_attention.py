@@ -313,6 +313,14 @@ class CrossAttentionCLIP(AdaptedCLIP):
         names = STAGE_MODULES[stage] if stage else MODULES
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
+    def learned(self, stage: str) -> dict[str, nn.Module]:
+        """Those of the stage's modules that have weights to learn; gates are opened instead."""
+        return {
+            name: module
+            for name, module in self.trainable(stage).items()
+            if next(module.parameters(), None) is not None
+        }
+
     def set_stage(self, stage: str | None) -> None:
         """Let the modules of `stage` have gradients, and no others."""
         self.requires_grad_(False)

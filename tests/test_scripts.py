@@ -196,7 +196,7 @@ def test_dry_run_needs_neither_weights_nor_data(scripts, tmp_path, monkeypatch, 
         assert count in plan
     assert scripts("train_cross_attention", "--dry_run", "--loops", "4", data_root=tmp_path) == 0
     plan = capsys.readouterr().out
-    assert "loop_4.pth" in plan and "text -> image, gates" in plan and "features adapted" in plan
+    assert "loop_4.pth" in plan and "text -> image, 4 gates" in plan and "features adapted" in plan
     assert not list(tmp_path.iterdir())
 
 

@@ -24,8 +24,8 @@ from utils.models import ModelLoader
 class Verdict:
     """What a model says of one image.
 
-    `single_score`, about 0 to 1, needs no other image; `detection_score` and `highest`, the highest value of `map` [S, S],
-    are what it is made of. `probability` and `anomalous` are None where the checkpoint has no calibration.
+    `single_score`, about 0 to 1, needs no other image; `detection_score` and `highest`, the highest value of `map`
+    [S, S], are what it is made of. `probability` and `anomalous` are None where the checkpoint has no calibration.
     """
 
     single_score: float

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Records to train on and, with `--val_fraction` or `--val_classes`, those held out; the rest as in `dataset.sets.DataSet`.
+    """Records to train on and, with `--val_fraction` or `--val_classes`, those held out.
 
-    `cache` holds the images of both, None where every epoch reads the files.
+    `cache` holds the images of both, None where every epoch reads the files; the rest as in `dataset.sets.DataSet`.
     """
 
     folder: Path

@@ -11,7 +11,6 @@ from model.adapter_cross_attention import STAGES, CrossAttentionCLIP, ModelConfi
 from model.backbone import Backbone, empty_backbone
 from utils.settings import Settings
 
-
 # The list of the classes that --val_classes holds out.
 VAL_CLASSES_FILE = "val_classes.txt"
 
@@ -173,7 +172,7 @@ def describe_plan(plan: Plan) -> str:
     for stage in plan.stages:
         looks = "" if stage.features is None else f", features {stage.features.replace('frozen', 'frozen CLIP')}"
         cross = model.text_cross_attn if stage.name == "text" else model.image_cross_attn
-        rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if cross is not None else "")
+        rate = f"lr {stage.lr:g}" + (f", cross-attention {stage.cross_attn_lr:g}" if _count(cross) else "")
         epochs = f"{stage.epochs} epoch{'s' * (stage.epochs > 1)}"
         lines.append(f"  loop {stage.loop}  {stage.title}  {epochs}, batch {stage.batch_size}, {rate}{looks}")
     files = plan.files if settings.shot is None else [*plan.files, shot_file(settings)]

@@ -135,7 +135,7 @@ class Trainer:
         earlier = self.optimizer_states[name] if begun else None
         if not begun and self.settings.optimizer_state == "carry":
             earlier = self.optimizer_states.get(name)  # loop 1 has none
-        optimizer = make_optimizer(model.trainable(name), stage, earlier)
+        optimizer = make_optimizer(model.learned(name), stage, earlier)
         text = ClassText(model, self.bank, fixed=name == "image")
         dataset = self.data.images(self.data.train, self._transform(name))
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
@@ -178,7 +178,7 @@ class Trainer:
 
     def train_step(self, stage: Stage, batch: Batch, optimizer: torch.optim.Adam, text: ClassText) -> dict[str, float]:
         """One step of the optimiser; the values of its log row. The losses are those before the step."""
-        modules = self.model.trainable(stage.name)
+        modules = self.model.learned(stage.name)
         optimizer.zero_grad(set_to_none=True)
         with added_terms(self.model) as added:
             loss, terms = self.losses(stage, batch, text)
