@@ -54,6 +54,26 @@ def test_loop_files_hold_all_that_they_should(run, base):
         assert torch.equal(zero[key], value)
 
 
+def test_loop_files_that_name_no_placement_are_of_block(scripts, base, tmp_path):
+    flags = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--cross_attn", "block", "--text_cross_attn_lr", "1e-3"]
+    run = tmp_path / "x"
+    assert scripts("train_cross_attention", *flags, "--resume", base, "--loops", "1", "--save_path", run) == 0
+    tables = []
+    for forget in (False, True):
+        path = run / "loop_1.pth"
+        content = torch.load(path, weights_only=True)
+        assert (
+            content["text_cross_attn"]["out_proj.weight"].any() and content["image_cross_attn"]["out_proj.weight"].any()
+        )
+        if forget:
+            assert content["config"]["model"].pop("cross_attn") == "block"
+            torch.save(content, path)
+        assert resolve_config({}, load_checkpoint(path)).cross_attn == "block"
+        assert scripts("test", "--ckpt", path, "--dataset", "small", "--device", "cpu", "--resamples", "10") == 0
+        tables.append((run / "loop_1_small_images.csv").read_text(encoding="utf-8"))
+    assert tables[0] == tables[1]
+
+
 def test_aa_clips_own_files_are_assumed_to_be_vit_l(tmp_path, caplog):
     """Files that name no backbone, image_adapter_<epoch>.pth the highest of several."""
     text = {f"{k}.fc.0.weight": torch.zeros(768, 768) for k in range(4)}
