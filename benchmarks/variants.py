@@ -35,9 +35,10 @@ from benchmarks.speed import cases
 from benchmarks.standin import standin_backbone
 from dataset.prepare import prepare
 from dataset.sets import open_all, open_dataset, result_name
-from model.adapter_cross_attention import new_extension
+from model.adapter_cross_attention import ModelConfig, new_extension
 from model.backbone import REPOSITORY
 from utils import arguments, checkpoints
+from utils.checkpoints import load_checkpoint
 from utils.cli import run_script
 from utils.errors import TrainingError, TrainingStoppedError
 from utils.files import write_csv
@@ -46,6 +47,7 @@ from utils.options import at_least
 from utils.report.plots import save_figure
 from utils.signals import StopSignal
 from utils.testing.metrics import IMAGE_METRICS, PIXEL_METRICS
+from utils.training.plan import Stage
 
 METRICS = PIXEL_METRICS + IMAGE_METRICS + ("decision_accuracy",)
 # What the figure and the verdict speak of.
@@ -63,8 +65,6 @@ VARIANTS = {
     "feedback alone": (NO_MODULES, (3,)),
     "block": (["--cross_attn", "block"], (3,)),
 }
-# Steps as `benchmarks.speed` names them.
-STEPS = (("Stage 1", ", loop 1"), ("Stage 1", ", later loops"), ("Stage 2", ""))
 # {name: loop of the longer base that is given the cross-attentions as they are, with open gates, and no training}
 GIVEN = {f"base, {UNTRAINED} joint": 0, f"{CONTROL}, {UNTRAINED} joint": 3}
 
@@ -246,33 +246,46 @@ def estimate(args: argparse.Namespace) -> float:
     loops = max(loop for variant in args.variants for loop in VARIANTS[variant][1])
     words = [*common_words(args, args.recipe, 0), "--loops", str(loops)]
     run = train_cross_attention.parse_arguments(words)
-    plan = train_cross_attention.make_plan(run, None)
+    if args.resume:
+        plan = train_cross_attention.make_plan(run, load_checkpoint(args.resume))
+        base_stages, config = [], plan.config
+    else:
+        base = train.make_plan(train.parse_arguments(common_words(args, args.base_recipe, 0)))
+        plan = train_cross_attention.make_plan(run, None)
+        base_stages, config = base.stages, base.config
     machine = arguments.machine_of(run)
-    backbone = standin_backbone(plan.config.model_name, plan.config.img_size).to(machine.device)
-    batch = 2
+    seconds = seconds_of_steps(config, machine.device)
+    prepare(plan.settings.dataset, machine.data_root)
+    count = len(open_dataset(plan.settings.dataset, machine.data_root).records)
+
+    def trained(stages: list[Stage]) -> float:
+        return sum(stage.epochs * count * seconds[step_of(stage)] for stage in stages)
+
+    for name in args.dataset:
+        prepare(name, machine.data_root)
+    named = {"domain": args.domain, "class_name": args.class_name}
+    tested = sum(len(data.records) for data in open_all(args.dataset, machine.data_root, **named))
+    tests = tested * len(tested_files(args, 0)) * seconds["evaluation, both cross-attentions"]
+    return len(args.seeds) * (trained(base_stages) + len(args.variants) * trained(plan.stages) + tests) / 3600
+
+
+def step_of(stage: Stage) -> str:
+    """A step of a stage as `benchmarks.speed` names it."""
+    if stage.name == "image":
+        return "Stage 2 step"
+    return "Stage 1 step, loop 1" if stage.loop == 1 else "Stage 1 step, later loops"
+
+
+def seconds_of_steps(config: ModelConfig, device: torch.device) -> dict[str, float]:
+    """{what `benchmarks.speed` measures: seconds per image}, of the second call of each."""
+    backbone, batch = standin_backbone(config.model_name, config.img_size).to(device), 2
     seconds = {}
     for name, step in cases(backbone, batch, DEFAULT).items():
         step()
         started = time.perf_counter()
         step()
         seconds[name] = (time.perf_counter() - started) / batch
-    first, later, image = (seconds[f"{name} step{when}"] for name, when in STEPS)
-    prepare(plan.settings.dataset, machine.data_root)
-    count = len(open_dataset(plan.settings.dataset, machine.data_root).records)
-    per_run = sum(
-        stage.epochs * count * (image if stage.name == "image" else first if stage.loop == 1 else later)
-        for stage in plan.stages
-    )
-    total = len(args.variants) * per_run
-    if args.resume is None:
-        base = train.make_plan(train.parse_arguments(common_words(args, args.base_recipe, 0)))
-        total += sum(stage.epochs * count * (image if stage.name == "image" else first) for stage in base.stages)
-    for name in args.dataset:
-        prepare(name, machine.data_root)
-    named = {"domain": args.domain, "class_name": args.class_name}
-    tested = sum(len(data.records) for data in open_all(args.dataset, machine.data_root, **named))
-    total += tested * len(tested_files(args, 0)) * seconds["evaluation, both cross-attentions"]
-    return len(args.seeds) * total / 3600
+    return seconds
 
 
 # tables
@@ -423,7 +436,7 @@ def main() -> None:
     args = parse_arguments()
     seeds = list(dict.fromkeys(args.seeds))
     hours = estimate(args)
-    print(f"All of it takes about {hours:.1f} hours of one process here; what is trained already counts as new.")
+    print(f"All of it takes about {hours:.1f} hours in one process here; less where something is trained already.")
     bases = [base_job(args, seed) for seed in seeds] if args.resume is None else []
     trainings = [variant_job(args, seed, variant) for seed in seeds for variant in args.variants]
     with progress(total=len(bases) + len(trainings) + len(seeds), desc=args.name, unit="run") as bar:

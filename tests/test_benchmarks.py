@@ -93,6 +93,19 @@ def test_what_a_seed_trains_and_tests(monkeypatch, tmp_path):
     assert math.isnan(found[0]["pixel_ap"]) and found[0]["image_ap"] == 0.5 and found[0]["dataset"] == "MVTec"
 
 
+def test_time_is_estimated_for_the_model_of_the_base(base, data_root, monkeypatch, tmp_path):
+    (tmp_path / "x.args").write_text("--dataset small --device cpu --text_epoch 2 --image_epoch 3", encoding="utf-8")
+    measured = []
+    names = [*(f"Stage 1 step, {when}" for when in ("loop 1", "later loops")), "Stage 2 step"]
+    seconds = dict.fromkeys([*names, "evaluation, both cross-attentions"], 1.0)
+    monkeypatch.setattr(variants, "seconds_of_steps", lambda config, device: measured.append(config) or seconds)
+    args = arguments_of(resume=base, recipe=tmp_path / "x.args", base_recipe=None, dataset=["small"], domain=None)
+    vars(args).update(data_root=data_root, train_dataset=None, seeds=[0, 1])
+    # Two seeds of two variants, 3 loops of 2 + 3 epochs of 20 images; 7 models tested on 20.
+    assert variants.estimate(args) == pytest.approx(2 * (2 * 3 * 5 * 20 + 7 * 20) / 3600)
+    assert [(config.model_name, config.img_size) for config in measured] == [("demo", 64)]
+
+
 def test_a_longer_base_is_given_open_gates(scripts, base, monkeypatch, tmp_path):
     monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
     monkeypatch.setattr(variants, "GIVEN", {"base, untrained joint": 0, "longer base, untrained joint": 1})
