@@ -292,9 +292,9 @@ def seconds_of_steps(config: ModelConfig, device: torch.device) -> dict[str, flo
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval by Student's t; an interval of one value is NaN."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
+    """Mean of paired differences and its 95 % interval by Student's t; NaN where a value is, or of one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2 or math.isnan(mean):
         return mean, math.nan, math.nan
     half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half

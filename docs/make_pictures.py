@@ -7,8 +7,8 @@ writes strip.png, prompts.png and method.png to docs/pictures. report.png is the
 browser shows it, brought to few colours:
 
     python test.py --ckpt ckpt/demo_feedback --dataset demo_test --report
-    chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --force-device-scale-factor=1.1 \
-        --window-size=1180,1290 --screenshot=docs/pictures/report.png \
+    chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1330,1300 \
+        --screenshot=docs/pictures/report.png \
         "file://$PWD/ckpt/demo_feedback/report_demo_test.html"
     python -m docs.make_pictures --shrink docs/pictures/report.png
 """
@@ -113,7 +113,7 @@ def draw_prompts(detectors: list[Detector], data: DataSet) -> Figure:
     like, taken = (
         weights[name].mean(dim=0).unflatten(0, (grid, grid)).numpy() for name in ("text_cross_attn", "image_cross_attn")
     )
-    side, gap, top, bar = 232, 56, 26, 46
+    side, gap, top, bar = 232, 56, 26, 52
     figure = blank(3 * (side + gap) - gap + 2, top + side + bar)
     most = float(np.abs(taken).max())
     shown: tuple[tuple[str, dict[str, Any], str | None], ...] = (

@@ -46,6 +46,7 @@ def test_tables_pair_seeds_and_loops_and_give_intervals_of_t():
     assert "| joint | 1 | [+1.00, +3.00] |" in images
     assert "After 1 loops" in said and "(2 seeds): not more than seeds differ, not more than" in said
     assert variants.interval([0.02, 0.03, 0.04])[1:] == pytest.approx((0.03 - 0.02484, 0.03 + 0.02484), abs=1e-5)
+    assert variants.with_ends(*variants.interval([0.02, math.nan])) == "n/a"
     assert variants.with_ends(0.03, 0.005, 0.055) == "+3.00* [+0.50, +5.50]"
     assert variants.with_ends(-0.00001, math.nan, math.nan) == "+0.00"
 
