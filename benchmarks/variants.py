@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import train
 import train_cross_attention
-from benchmarks.speed import cases
+from benchmarks.speed import cases, measure
 from benchmarks.standin import standin_backbone
 from dataset.prepare import prepare
 from dataset.sets import open_all, open_dataset, result_name
@@ -45,6 +45,7 @@ from utils.files import write_csv
 from utils.logs import progress
 from utils.options import at_least
 from utils.report.plots import save_figure
+from utils.report.tables import percent
 from utils.signals import StopSignal
 from utils.testing.metrics import IMAGE_METRICS, PIXEL_METRICS
 from utils.training.plan import Stage
@@ -233,8 +234,8 @@ def read_average(path: Path) -> dict[str, float | str]:
     over images of the differences from the longer base."""
     with open(path, newline="", encoding="utf-8") as file:
         *_, average = csv.DictReader(file)
-    ends = [f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high")]
-    values = {name: float(average.get(name) or "nan") for name in (*METRICS, *ends)}
+    over_images = [f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high")]
+    values = {name: float(average.get(name) or "nan") for name in (*METRICS, *over_images)}
     return values | {SEEN: average[SEEN]}
 
 
@@ -282,9 +283,8 @@ def seconds_of_steps(config: ModelConfig, device: torch.device) -> dict[str, flo
     seconds = {}
     for name, step in cases(backbone, batch, DEFAULT).items():
         step()
-        started = time.perf_counter()
-        step()
-        seconds[name] = (time.perf_counter() - started) / batch
+        taken, _ = measure(step, device)
+        seconds[name] = taken / batch
     return seconds
 
 
@@ -302,24 +302,23 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation, in percent; n/a where a value is undefined."""
-    if any(map(math.isnan, values)):
-        return "n/a"
-    mean = f"{100 * statistics.mean(values):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def signed(value: float) -> str:
-    """A difference in percent, never -0.00."""
-    return f"{round(100 * value, 2) + 0.0:+.2f}"
+    mean = statistics.fmean(values)
+    if len(values) < 2 or math.isnan(mean):
+        return percent(mean)
+    return f"{percent(mean)} ± {percent(statistics.stdev(values))}"
 
 
 def with_ends(mean: float, low: float, high: float) -> str:
     """A difference with the ends of its interval, in percent; a star where these leave out 0."""
-    if math.isnan(mean):
-        return "n/a"
+    shown = percent(mean, signed=True)
     if math.isnan(low):
-        return signed(mean)
-    return f"{signed(mean)}{'*' if low > 0 or high < 0 else ''} [{signed(low)}, {signed(high)}]"
+        return shown
+    return f"{shown}{'*' if low > 0 or high < 0 else ''} {ends(low, high)}"
+
+
+def ends(low: float, high: float) -> str:
+    """The ends of an interval, in percent."""
+    return f"[{percent(low, signed=True)}, {percent(high, signed=True)}]"
 
 
 def grouped(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -406,7 +405,7 @@ def report(rows: list[dict], dataset: str) -> str:
 
 def _over_images(runs: list[dict], name: str) -> str:
     low, high = (statistics.mean(row[f"{name}_less_control_{end}"] for row in runs) for end in ("low", "high"))
-    return "n/a" if math.isnan(low) else f"[{signed(low)}, {signed(high)}]"
+    return "n/a" if math.isnan(low) else ends(low, high)
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -36,6 +36,11 @@ def _reported(pixel_auroc: float, pixel_ap: float, image_auroc: float, image_ap:
     return {"pixel_auroc": pixel_auroc, "pixel_ap": pixel_ap, "image_auroc": image_auroc, "image_ap": image_ap}
 
 
+def _rendered(*classes: str) -> DataSetInfo:
+    """A set of the demo: its classes are called as they are, underscores as spaces."""
+    return DataSetInfo("industrial", (), {name: name.replace("_", " ") for name in classes})
+
+
 DATA_SETS = {
     "Brain": DataSetInfo(
         domain="medical",
@@ -208,59 +213,36 @@ DATA_SETS = {
         counts={"01": (21, 49), "02": (30, 200), "03": (400, 41)},
         reported=_reported(97.01, 52.80, 94.32, 96.74),
     ),
-    "demo_train": DataSetInfo(
-        domain="industrial",
-        folders=(),
-        classes={
-            "bolt": "bolt",
-            "gear": "gear",
-            "coin": "coin",
-            "pill": "pill",
-            "candle": "candle",
-            "circuit_board": "circuit board",
-            "cable": "cable",
-            "button": "button",
-            "wood": "wood",
-            "leather": "leather",
-            "fabric": "fabric",
-            "tile": "tile",
-        },
+    "demo_train": _rendered(
+        "bolt",
+        "gear",
+        "coin",
+        "pill",
+        "candle",
+        "circuit_board",
+        "cable",
+        "button",
+        "wood",
+        "leather",
+        "fabric",
+        "tile",
     ),
-    "demo_dev": DataSetInfo(
-        domain="industrial",
-        folders=(),
-        classes={
-            "bearing": "bearing",
-            "ruler": "ruler",
-            "comb": "comb",
-            "zipper": "zipper",
-            "plate": "plate",
-            "propeller": "propeller",
-            "padlock": "padlock",
-            "plug": "plug",
-            "brick": "brick",
-            "gravel": "gravel",
-            "bamboo": "bamboo",
-            "denim": "denim",
-        },
+    "demo_dev": _rendered(
+        "bearing",
+        "ruler",
+        "comb",
+        "zipper",
+        "plate",
+        "propeller",
+        "padlock",
+        "plug",
+        "brick",
+        "gravel",
+        "bamboo",
+        "denim",
     ),
-    "demo_test": DataSetInfo(
-        domain="industrial",
-        folders=(),
-        classes={
-            "nut": "nut",
-            "capsule": "capsule",
-            "chip": "chip",
-            "bottle_top": "bottle top",
-            "key": "key",
-            "cookie": "cookie",
-            "battery": "battery",
-            "spring": "spring",
-            "mesh": "mesh",
-            "carpet": "carpet",
-            "marble": "marble",
-            "cork": "cork",
-        },
+    "demo_test": _rendered(
+        "nut", "capsule", "chip", "bottle_top", "key", "cookie", "battery", "spring", "mesh", "carpet", "marble", "cork"
     ),
     "mtd": DataSetInfo(
         domain="industrial",

@@ -37,7 +37,7 @@ NEIGHBOURS = 8
 def new_extension(placement: str | None = None) -> dict[str, Any]:
     """{field of ModelConfig: value} of what a new run adds to a base."""
     chosen = placement or next(iter(PLACEMENTS))
-    return {"cross_attn": chosen, "text_cross_attn": True, "image_cross_attn": True, **PLACEMENTS.get(chosen, {})}
+    return {"cross_attn": chosen, "text_cross_attn": True, "image_cross_attn": True, **PLACEMENTS[chosen]}
 
 
 def _weights(side: str) -> str:
@@ -163,18 +163,14 @@ class Gated(nn.Module):
 
     gate: Tensor
 
-    def __init__(self, levels: int, weight: float):
+    def __init__(self, backbone: Backbone, weight: float):
         super().__init__()
         self.weight = weight
-        self.register_buffer("gate", torch.zeros(levels))
+        self.register_buffer("gate", torch.zeros(len(backbone.levels)))
 
     def open(self, share: float) -> None:
         """Open the gates to that share of their weight."""
         self.gate.fill_(share * self.weight)
-
-    def attention(self, *inputs: Any) -> Tensor:
-        """Where it looks, [B, levels, N], for the inputs of its forward."""
-        raise NotImplementedError
 
 
 class NeighbourCrossAttention(Gated):
@@ -191,9 +187,8 @@ class NeighbourCrossAttention(Gated):
         """
         return x + self.gate[:, None] * self.attention(x, patches)
 
-    def attention(self, *inputs: Any) -> Tensor:
+    def attention(self, x: Tensor, patches: list[Tensor]) -> Tensor:
         """How much of its like each patch has in its image, V_i . r_i, [B, levels, N]."""
-        _, patches = inputs
         return torch.stack([neighbour_cosines(level) for level in patches], dim=1)
 
 
@@ -217,10 +212,18 @@ class DetectionCrossAttention(Gated):
         found = torch.einsum("bln,blne->ble", self.attention(x, patches, evidence), torch.stack(patches, dim=1))
         return x + (self.gate[:, None] * found).mean(dim=1)
 
-    def attention(self, *inputs: Any) -> Tensor:
+    def attention(self, x: Tensor, patches: list[Tensor], evidence: Tensor) -> Tensor:
         """How much the feature takes from each patch, [B, levels, N]; what it takes and what it gives sum to 1 each."""
-        *_, evidence = inputs
         return evidence.softmax(dim=-1) - (-evidence).softmax(dim=-1)
+
+
+TextKind = NeighbourCrossAttention | CrossAttentionModule
+ImageKind = DetectionCrossAttention | ImageCrossAttentionModule
+# {placement: what looks from text to image, what looks from image to text}
+KINDS: dict[str, tuple[type[TextKind], type[ImageKind]]] = {
+    "joint": (NeighbourCrossAttention, DetectionCrossAttention),
+    "block": (CrossAttentionModule, ImageCrossAttentionModule),
+}
 
 
 class CrossAttentionCLIP(AdaptedCLIP):
@@ -240,21 +243,15 @@ class CrossAttentionCLIP(AdaptedCLIP):
             adapter_hidden=config.adapter_hidden,
         )
         self.config = config
-        if config.cross_attn not in PLACEMENTS:
-            raise ValueError(f"--cross_attn {config.cross_attn}: expected {' or '.join(PLACEMENTS)}.")
+        if config.cross_attn not in KINDS:
+            raise ValueError(f"--cross_attn {config.cross_attn}: expected {' or '.join(KINDS)}.")
+        if config.cross_attn == "joint" and config.image_context != "adapted":
+            raise ValueError(f"--image_context {config.image_context} goes with --cross_attn block alone.")
+        text_kind, image_kind = KINDS[config.cross_attn]
         text_weight, image_weight = config.text_cross_attn_weight, config.image_cross_attn_weight
-        text_module: nn.Module
-        image_module: nn.Module
-        if config.cross_attn == "joint":
-            if config.image_context != "adapted":
-                raise ValueError(f"--image_context {config.image_context} goes with --cross_attn block alone.")
-            text_module = NeighbourCrossAttention(len(backbone.levels), text_weight)
-            image_module = DetectionCrossAttention(len(backbone.levels), image_weight)
-        else:
-            text_module = CrossAttentionModule(backbone, text_weight)
-            image_module = ImageCrossAttentionModule(backbone, image_weight)
-        self.text_cross_attn = text_module if config.text_cross_attn else None
-        self.image_cross_attn = image_module if config.image_cross_attn else None
+        # What is off is not made: it would draw from the generator that the other's weights come from.
+        self.text_cross_attn = text_kind(backbone, text_weight) if config.text_cross_attn else None
+        self.image_cross_attn = image_kind(backbone, image_weight) if config.image_cross_attn else None
 
     @property
     def prompts_see_image(self) -> bool:
@@ -292,6 +289,12 @@ class CrossAttentionCLIP(AdaptedCLIP):
         for module in self.trainable(stage).values():
             if isinstance(module, Gated):
                 module.open(share)
+
+    def cross_attentions(self) -> dict[str, TextKind | ImageKind]:
+        """{name: module} of the cross-attentions that are on."""
+        both: dict[str, TextKind | ImageKind | None]
+        both = {"text_cross_attn": self.text_cross_attn, "image_cross_attn": self.image_cross_attn}
+        return {name: module for name, module in both.items() if module is not None}
 
     def after_image_block(self, index: int, x: Tensor, text_context: TextContext | None) -> Tensor:
         if index == 0 and isinstance(self.image_cross_attn, ImageCrossAttentionModule):

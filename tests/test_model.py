@@ -271,7 +271,7 @@ def test_the_joint_space_by_its_formulas(backbone):
 def test_in_the_joint_space_image_modules_learn_through_their_patches_alone(backbone):
     """A patch's own gradient counts; that of its neighbours, which are the anchor's, and of the weights does not."""
     patches = [torch.nn.functional.normalize(torch.randn(1, 12, 8), dim=-1).requires_grad_() for _ in range(4)]
-    module = NeighbourCrossAttention(4, 0.5)
+    module = NeighbourCrossAttention(backbone, 0.5)
     module.open(1)
     (gradient,) = torch.autograd.grad(module(torch.zeros(1, 4, 12), patches)[0, 0, 3], patches[:1])
     assert gradient[0, 3].any() and not gradient[0, torch.arange(12) != 3].any()

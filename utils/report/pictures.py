@@ -13,7 +13,6 @@ from dataset.constants import class_prompts
 from dataset.loading import Batch
 from dataset.records import Record
 from forward_utils_cross_attention import Prediction, encode
-from model.adapter_cross_attention import CrossAttention, Gated
 from utils.files import safe_name
 from utils.judging import Detector, calibrated_extremes, caption, scaled
 from utils.report import plots
@@ -192,7 +191,7 @@ def attention_weights(detector: Detector, image: Tensor, class_name: str) -> dic
     `image_cross_attn` [1 + patches, P*L], CLS first.
     """
     model, seen = detector.model, dict[str, tuple]()
-    modules = {name: module for name, module in model.trainable().items() if isinstance(module, CrossAttention | Gated)}
+    modules = model.cross_attentions()
 
     def note(name: str, module: torch.nn.Module, inputs: tuple) -> None:
         seen[name] = inputs

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
@@ -86,10 +87,20 @@ def _draw_example(row: Sequence[Axes], example: Example, most: float) -> None:
     for axis, panel in zip(row[1 + len(example.panels) :], example.panels[1:], strict=True):
         axis.imshow(panel.values - first, cmap=DIFFERENCE_COLOURS, vmin=-most, vmax=most, extent=extent)
     for axis in row:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        if example.mask is not None and example.mask.any():
-            axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+        _bare(axis)
+        _outline(axis, example)
+
+
+def _bare(axis: Axes) -> None:
+    """Without ticks."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _outline(axis: Axes, example: Example) -> None:
+    """Around the defect, where there is one."""
+    if example.mask is not None and example.mask.any():
+        axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
 
 
 def _draw_scale(figure: Figure, axes: np.ndarray, label: str) -> None:
@@ -121,6 +132,17 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _finish(
+    figure: Figure, shown: AxesImage, axes: np.ndarray, shrink: float, label: str, title: str, path: Path
+) -> None:
+    """The scale of `shown` beside all `axes`, a title, and the file."""
+    bar = figure.colorbar(shown, ax=axes, shrink=shrink)
+    bar.set_label(label, fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
 def draw_levels(example: Example, maps: np.ndarray, label: str, signed: bool, title: str, path: Path) -> None:
     """An image beside the map of each level, `maps` [levels, h, w]; `signed` ones have a scale around 0."""
     figure = Figure(figsize=(PANEL_INCHES * (1 + len(maps)) + 1, PANEL_INCHES + 0.6), layout="constrained")
@@ -134,15 +156,9 @@ def draw_levels(example: Example, maps: np.ndarray, label: str, signed: bool, ti
         shown = axis.imshow(values, cmap=colours, vmin=low, vmax=high, extent=_extent(example.pixels))
         axis.set_title(f"V{number}", fontsize=6)
     for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        if example.mask is not None and example.mask.any():
-            axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
-    bar = figure.colorbar(shown, ax=list(axes), shrink=0.7)
-    bar.set_label(label, fontsize=6)
-    bar.ax.tick_params(labelsize=6)
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+        _bare(axis)
+        _outline(axis, example)
+    _finish(figure, shown, axes, 0.7, label, title, path)
 
 
 def draw_prompts_on_image(
@@ -161,18 +177,12 @@ def draw_prompts_on_image(
         shown = axis.imshow(values, cmap=ATTENTION_COLOURS, vmin=0, vmax=high, extent=_extent(example.pixels))
         axis.set_title(f"{_wrapped(prompt, 30)}\nCLS {share:.2f}", fontsize=5)
     for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
+        _bare(axis)
     for axis in axes.ravel()[: len(prompts) + 1]:
-        if example.mask is not None and example.mask.any():
-            axis.contour(example.mask, [0.5], colors=OUTLINE, linewidths=0.8)
+        _outline(axis, example)
     for axis in axes.ravel()[len(prompts) + 1 :]:
         axis.axis("off")
-    bar = figure.colorbar(shown, ax=axes, shrink=0.5)
-    bar.set_label("attention (1: as much as to any patch)", fontsize=6)
-    bar.ax.tick_params(labelsize=6)
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    _finish(figure, shown, axes, 0.5, "attention (1: as much as to any patch)", title, path)
 
 
 def draw_tokens_of_patches(places: dict[str, np.ndarray], tokens: list[list[str]], title: str, path: Path) -> None:
@@ -193,10 +203,5 @@ def draw_tokens_of_patches(places: dict[str, np.ndarray], tokens: list[list[str]
             colour = "black" if values[row, column] > 0.6 * high else "white"
             axis.text(column, row, word, ha="center", va="center", fontsize=4.5, color=colour)
         axis.set_title(place, fontsize=7)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    bar = figure.colorbar(shown, ax=axes, shrink=0.7)
-    bar.set_label("attention (1: as much as to any token)", fontsize=6)
-    bar.ax.tick_params(labelsize=6)
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+        _bare(axis)
+    _finish(figure, shown, axes, 0.7, "attention (1: as much as to any token)", title, path)

@@ -56,8 +56,7 @@ def _base_saw_held_out(base: dict, settings: Settings) -> bool:
     if not seen & {canonical_name(settings.dataset), "unknown"}:
         return False
     same = ("dataset", "seed", "val_fraction", "val_classes", "shot")
-    own = base.get("training") or {}
-    own = completed(Settings, own)
+    own = completed(Settings, base.get("training") or {})
     return any(own.get(name) != getattr(settings, name) for name in same)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model.adapter_cross_attention import CrossAttention, CrossAttentionCLIP, Gated
+from model.adapter_cross_attention import CrossAttentionCLIP
 
 
 @contextmanager
@@ -19,11 +19,7 @@ def added_terms(model: CrossAttentionCLIP) -> Iterator[dict[str, Tensor]]:
         x = inputs[0].detach()
         found[f"added_{name}"] = (output.detach() - x).float().norm() / x.float().norm()
 
-    hooks = [
-        module.register_forward_hook(partial(note, name))
-        for name, module in model.trainable().items()
-        if isinstance(module, CrossAttention | Gated)
-    ]
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.cross_attentions().items()]
     try:
         yield found
     finally:
