@@ -155,26 +155,65 @@ class Encoding(NamedTuple):
     det: Tensor | None
 
 
+def seen_features(model: CrossAttentionCLIP, features: VisualFeatures) -> VisualFeatures:
+    """What cross-attention looks at: the image itself, or with `image_context` "another" that before it in the batch.
+
+    Raises ValueError where there is no other.
+    """
+    if model.config.image_context != "another":
+        return features
+    if len(features.det) < 2:
+        raise ValueError(
+            "--image_context another: an image alone in its batch has no other; choose another batch size."
+        )
+    patches = [level.roll(1, dims=0) for level in features.patches]
+    return VisualFeatures(patches, features.det.roll(1, dims=0), features.cls.roll(1, dims=0))
+
+
+@torch.no_grad()
+def known_patches(model: CrossAttentionCLIP, images: Tensor, class_name: str, text: ClassText) -> list[Tensor]:
+    """V1..V4 of images [K, 3, S, S] of a class that are known to be good, each [K * N, E]."""
+    features = model.visual(images, text.contexts([class_name] * len(images)))
+    return [level.flatten(0, 1) for level in features.patches]
+
+
+def add_known(patches: list[Tensor], class_names: list[str], known: dict[str, list[Tensor]] | None) -> list[Tensor]:
+    """Each level [B, N, E], followed by what is `known` of each image's class, see `known_patches`."""
+    if known is None:
+        return patches
+    of_images = [torch.stack(levels) for levels in zip(*(known[name] for name in class_names), strict=True)]
+    return [torch.cat([level, more.to(level.dtype)], dim=1) for level, more in zip(patches, of_images, strict=True)]
+
+
 def encode(
-    model: CrossAttentionCLIP, images: Tensor, class_names: list[str], text: ClassText, precision: str = "fp32"
+    model: CrossAttentionCLIP,
+    images: Tensor,
+    class_names: list[str],
+    text: ClassText,
+    precision: str = "fp32",
+    known: dict[str, list[Tensor]] | None = None,
 ) -> Encoding:
     """Images [B, 3, S, S] and their classes -> what Stage 2 and the test look at.
 
     Contexts carry no gradient: the image modules learn through the patches alone, the text modules through the prompts.
+    `known`: {class: `known_patches`}, which text cross-attention in the joint space sees beside the image.
     """
     with autocast(images.device, precision):
         features = model.visual(images, text.contexts(class_names))
+        seen = seen_features(model, features)
         context = None
         if model.prompts_see_image:
             frozen = model.config.image_context == "frozen"
             context = (
                 frozen_image_context(model.backbone, model.backbone.plain_tokens(images))
                 if frozen
-                else image_context(features)
+                else image_context(seen)
             )
         anchors = text.anchors(class_names, context)
-    cosines = model.cosines(features.patches, anchors, features.patches)
-    return Encoding(features.patches, anchors, cosines, model.detection(features, cosines))
+    patches = features.patches
+    cosines = model.cosines(patches, anchors, patches, add_known(seen.patches, class_names, known))
+    of_seen = cosines if seen is features else model.cosines(seen.patches, anchors, seen.patches, seen.patches)
+    return Encoding(patches, anchors, cosines, model.detection(features.det, seen.patches, of_seen))
 
 
 def encode_stage1(
@@ -215,10 +254,12 @@ def encode_stage1(
             if needs_frozen:
                 context = frozen_image_context(backbone, plain)
             elif model.prompts_see_image and visual is not None:
-                context = image_context(visual)
+                context = image_context(seen_features(model, visual))
         anchors = text.anchors(class_names, context)
-    seen = patches if visual is None else visual.patches
-    return Encoding(patches, anchors, model.cosines(patches, anchors, seen), None)
+    queries = keys = patches
+    if visual is not None:
+        queries, keys = visual.patches, seen_features(model, visual).patches
+    return Encoding(patches, anchors, model.cosines(patches, anchors, queries, keys), None)
 
 
 def on_grid(cosines: Tensor) -> Tensor:
@@ -283,10 +324,15 @@ def stage1_loss(
     return sum(trained, anchors.new_zeros(())) + norm_weight * terms["orthogonal"], terms
 
 
-def stage2_loss(encoding: Encoding, scale: Tensor, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stage 2's loss and its terms: segmentation at all levels, and cross-entropy of the raw cosines det . anchors."""
+def stage2_loss(
+    encoding: Encoding, scale: Tensor, batch: dict, det_temperature: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stage 2's loss and its terms: segmentation at all levels, and cross-entropy of det_temperature x det . anchors.
+
+    Published is the cross-entropy of the raw cosines, a `det_temperature` of 1.
+    """
     terms = segmentation_terms(encoding.cosines, scale, batch)
-    terms["classification"] = F.cross_entropy(detection_cosines(encoding), batch["label"])
+    terms["classification"] = F.cross_entropy(det_temperature * detection_cosines(encoding), batch["label"])
     return sum(terms.values(), encoding.anchors.new_zeros(())), terms
 
 
@@ -343,10 +389,15 @@ def single_image_scores(maps: Tensor, detection_scores: Tensor, scale: Tensor, l
 
 @torch.no_grad()
 def predict(
-    model: CrossAttentionCLIP, images: Tensor, class_names: list[str], text: ClassText, precision: str = "fp32"
+    model: CrossAttentionCLIP,
+    images: Tensor,
+    class_names: list[str],
+    text: ClassText,
+    precision: str = "fp32",
+    known: dict[str, list[Tensor]] | None = None,
 ) -> Prediction:
-    """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this."""
-    encoding = encode(model, images, class_names, text, precision)
+    """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this. `known` as in `encode`."""
+    encoding = encode(model, images, class_names, text, precision, known)
     scale, domain, levels = model.backbone.scale, text.bank.domain, encoding.cosines.shape[1]
     maps = anomaly_map(encoding.cosines, scale, images.shape[-1], domain)
     detection_scores = (detection_cosines(encoding)[:, 1] + 1) / 2

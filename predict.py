@@ -21,7 +21,7 @@ import numpy as np
 
 from dataset.constants import BLUR
 from dataset.images import read_image
-from dataset.layouts import IMAGE_SUFFIXES
+from dataset.layouts import IMAGE_SUFFIXES, known_good
 from utils import arguments
 from utils.cli import run_script
 from utils.files import safe_name, write_csv
@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", required=True, help="files, folders (with all within) or patterns")
     parser.add_argument("--class_name", default="object", help="what the images show, in words CLIP knows")
     parser.add_argument("--domain", choices=tuple(BLUR), default=next(iter(BLUR)), help="of the images")
+    parser.add_argument("--normal_images", type=Path, help=arguments.NORMAL_IMAGES)
     parser.add_argument("--save_path", type=Path, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_machine_arguments(parser)
@@ -135,6 +136,9 @@ def main() -> int:
     images = find_images(args.images)
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision)
+    if args.normal_images:
+        normal = known_good(args.normal_images, [args.class_name], list(images))
+        detectors = [detector.seeing(normal) for detector in detectors]
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:
         logger.warning(

@@ -12,6 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
 from utils import arguments
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         help="data sets: known names, folders under --data_root, or paths of folders and .jsonl files",
     )
     arguments.add_own_data_arguments(parser)
+    parser.add_argument("--normal_images", type=Path, help=arguments.NORMAL_IMAGES)
     parser.add_argument(
         "--batch_size", type=at_least(1), default=8, help="images per forward; results do not depend on it"
     )
@@ -92,6 +94,13 @@ def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
                 raise ValueError(f"--class_name {args.class_name}: {data.name} has {', '.join(data.descriptions)}.")
             data_sets[number] = open_dataset(args.dataset[number], args.data_root, **named)
     return data_sets
+
+
+def normal_images_of(args: argparse.Namespace, data: DataSet) -> dict[str, list[Path]] | None:
+    """{class: images} of --normal_images for a data set."""
+    if args.normal_images is None:
+        return None
+    return known_good(args.normal_images, list(data.descriptions), [data.folder / r.image_path for r in data.records])
 
 
 def class_of_image(data: DataSet, class_name: str | None, index: int) -> str:
@@ -147,7 +156,7 @@ def main() -> None:
     loader = ModelLoader(machine.device, machine.clip_weights, arguments.model_flags(args))
     contenders = load_contenders(args.ckpt, args.control, loader)
     batching = Batching(args.batch_size, machine.num_workers, args.precision)
-    benches = [Bench(data, loader.backbone, batching) for data in data_sets]
+    benches = [Bench(data, loader.backbone, batching, normal_images_of(args, data)) for data in data_sets]
     if args.image_idx is not None:
         for bench, class_name in zip(benches, classes, strict=True):
             logger.info("Wrote %s", ", ".join(map(str, draw_one(bench, contenders, class_name, args.image_idx))))

@@ -76,7 +76,7 @@ def cases(backbone: Backbone, batch_size: int, placement: str) -> dict[str, Call
                 encoding = encode_stage1(both, images, classes, text, looks_at, vv_start, True)
                 loss, _ = stage1_loss(encoding, backbone.scale, batch, "all", 0.1)
             else:
-                loss, _ = stage2_loss(encode(both, images, classes, text), backbone.scale, batch)
+                loss, _ = stage2_loss(encode(both, images, classes, text), backbone.scale, batch, 1)
             loss.backward()
             optimizer.step()
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,24 @@ VARIANTS = {
     "feedback alone": (NO_MODULES, (3,)),
     "block": (["--cross_attn", "block"], (3,)),
 }
-# {name: loop of the longer base that is given the cross-attentions as they are, with open gates, and no training}
-GIVEN = {f"base, {UNTRAINED} joint": 0, f"{CONTROL}, {UNTRAINED} joint": 3}
+
+
+class Given(NamedTuple):
+    """A loop of a variant, changed without training: cross-attentions of open gates, or ones that see another image."""
+
+    variant: str
+    loop: int
+    untrained: bool
+    image_context: str = "adapted"
+
+
+# What the cross-attention is worth without training, and what of it is left where it sees another image.
+GIVEN = {
+    f"base, {UNTRAINED} joint": Given(CONTROL, 0, True),
+    f"{CONTROL}, {UNTRAINED} joint": Given(CONTROL, 3, True),
+    f"{CONTROL}, {UNTRAINED} joint, another image": Given(CONTROL, 3, True, "another"),
+    f"{DEFAULT}, another image": Given(DEFAULT, 3, False, "another"),
+}
 
 
 class Job(NamedTuple):
@@ -188,26 +204,32 @@ def tested_files(args: argparse.Namespace, seed: int) -> dict[tuple[str, int], P
     for variant in args.variants:
         for loop in VARIANTS[variant][1]:
             files[variant, loop] = run_folder(args, seed, variant) / f"loop_{loop}.pth"
-    for name, loop in GIVEN.items():
-        files[name, max(loop, 1)] = run_folder(args, seed, name) / f"loop_{max(loop, 1)}.pth"
+    for name, given in given_of(args).items():
+        files[name, max(given.loop, 1)] = run_folder(args, seed, name) / f"loop_{max(given.loop, 1)}.pth"
     return files
 
 
-def give_untrained(args: argparse.Namespace, seed: int) -> None:
-    """Write the base and the longer base with cross-attentions in the joint space that were never trained with."""
-    longer = run_folder(args, seed, CONTROL)
-    for name, loop in GIVEN.items():
-        content = checkpoints.read(longer / f"loop_{loop}.pth")
-        extension = new_extension("joint")
-        levels = sum(key.startswith("seg_proj") for key in content["image_adapter"])
-        for module in ("text_cross_attn", "image_cross_attn"):
-            content[module] = {"gate": torch.full((levels,), extension[f"{module}_weight"])}
-        content["config"]["model"] |= extension
+def given_of(args: argparse.Namespace) -> dict[str, Given]:
+    """Those of GIVEN whose variant is trained."""
+    return {name: given for name, given in GIVEN.items() if given.variant in args.variants}
+
+
+def write_given(args: argparse.Namespace, seed: int) -> None:
+    """Write the models of `given_of` as loops of runs of their own."""
+    for name, given in given_of(args).items():
+        source, folder = run_folder(args, seed, given.variant), run_folder(args, seed, name)
+        content = checkpoints.read(source / f"loop_{given.loop}.pth")
+        model = content["config"]["model"]
+        if given.untrained:
+            model |= new_extension("joint")
+            levels = sum(key.startswith("seg_proj") for key in content["image_adapter"])
+            for module in ("text_cross_attn", "image_cross_attn"):
+                content[module] = {"gate": torch.full((levels,), model[f"{module}_weight"])}
+        model["image_context"] = given.image_context
         # Another map than the calibration was fitted on; and loop 0 would be the base itself.
-        content |= {"calibration": None, "loop": max(loop, 1)}
-        folder = run_folder(args, seed, name)
+        content |= {"calibration": None, "loop": max(given.loop, 1)}
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.save(checkpoints.read(longer / "loop_0.pth"), folder / "loop_0.pth")
+        checkpoints.save(checkpoints.read(source / "loop_0.pth"), folder / "loop_0.pth")
         checkpoints.save(content, folder / f"loop_{content['loop']}.pth")
 
 
@@ -220,23 +242,20 @@ def test_job(args: argparse.Namespace, seed: int) -> Job:
 
 
 def read_results(args: argparse.Namespace, seed: int) -> list[dict]:
-    """A row per model and data set."""
-    rows = []
+    """A row per model and data set: metrics, and the intervals over images of differences from the longer base."""
+    rows, columns = [], [*METRICS, *(f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high"))]
     for dataset in args.dataset:
         for (variant, loop), path in tested_files(args, seed).items():
             head = {"dataset": result_name(dataset), "variant": variant, "loop": loop, "seed": seed}
-            rows.append(head | read_average(path.with_name(f"{path.stem}_{result_name(dataset)}.csv")))
+            rows.append(head | read_average(path.with_name(f"{path.stem}_{result_name(dataset)}.csv"), columns))
     return rows
 
 
-def read_average(path: Path) -> dict[str, float | str]:
-    """Of the average, the last row of a CSV of test.py: metrics, NaN where undefined, SEEN as it is, and the intervals
-    over images of the differences from the longer base."""
+def read_average(path: Path, columns: Iterable[str]) -> dict[str, float | str]:
+    """Of the average, the last row of a CSV of test.py: `columns`, NaN where undefined, and SEEN as it is."""
     with open(path, newline="", encoding="utf-8") as file:
         *_, average = csv.DictReader(file)
-    over_images = [f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high")]
-    values = {name: float(average.get(name) or "nan") for name in (*METRICS, *over_images)}
-    return values | {SEEN: average[SEEN]}
+    return {name: float(average.get(name) or "nan") for name in columns} | {SEEN: average[SEEN]}
 
 
 # how long it takes
@@ -442,7 +461,7 @@ def main() -> None:
         run_all(bases, args.jobs, bar)
         run_all(trainings, args.jobs, bar)
         for seed in seeds:
-            give_untrained(args, seed)
+            write_given(args, seed)
         run_all([test_job(args, seed) for seed in seeds], args.jobs, bar)
     rows = [row for seed in seeds for row in read_results(args, seed)]
     folder = REPOSITORY / "results"

@@ -28,6 +28,31 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
 
 
+def known_good(folder: Path, class_names: list[str], tested: list[Path]) -> dict[str, list[Path]]:
+    """{class: images of it that are known to be good}: in a folder for each class, or of a single class in `folder`.
+
+    Raises FileNotFoundError where a class has none, ValueError where they have different numbers of images or where one
+    of the images is `tested`.
+    """
+    found = {name: images_in(folder / name) for name in class_names}
+    if len(class_names) == 1 and not found[class_names[0]]:
+        found = {class_names[0]: images_in(folder)}
+    missing = [name for name, images in found.items() if not images]
+    if missing:
+        raise FileNotFoundError(
+            f"--normal_images {folder}: no images of {', '.join(missing)}. Expected known good images of every class "
+            f"in a folder that is called as it is, for instance {folder / missing[0]}."
+        )
+    if len({len(images) for images in found.values()}) > 1:
+        counts = ", ".join(f"{name} {len(images)}" for name, images in found.items())
+        raise ValueError(f"--normal_images {folder}: expected as many images of each class, found {counts}.")
+    files = {path.resolve() for path in tested}
+    for image in (image for images in found.values() for image in images):
+        if image.resolve() in files:
+            raise ValueError(f"--normal_images {folder}: {image} is an image of the test. Take others.")
+    return found
+
+
 def normal_records(root: Path, folder: Path, class_name: str) -> Iterator[Record]:
     """Records of normal images."""
     for image in images_in(folder):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.adapter import AdaptedCLIP, TextContext, VisualFeatures
+from model.adapter import AdaptedCLIP, TextContext
 from model.backbone import DEFAULT_MODEL, Backbone
 
 HEADS = 8
@@ -81,10 +81,11 @@ class ModelConfig:
     text_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION, without=_weights("text"))
     image_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION, without=_weights("image"))
     image_context: str = _flag(
-        "what the prompts see with --cross_attn block: V1 and CLS of the model's own forward, or of the plain CLIP",
+        "the image that is seen: as the model sees it; with --cross_attn block also as the plain CLIP does; or, as a "
+        "control, another one, that before it in the batch",
         "adapted",
         EXTENSION,
-        choices=("adapted", "frozen"),
+        choices=("adapted", "frozen", "another"),
     )
 
 
@@ -180,23 +181,26 @@ class NeighbourCrossAttention(Gated):
     elsewhere in the image is more normal (as in https://arxiv.org/abs/2405.14529, within one image).
     """
 
-    def forward(self, x: Tensor, patches: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, patches: list[Tensor], context: list[Tensor]) -> Tensor:
         """Cosines with the normal anchor `x` [B, levels, N] and V1..V4, each [B, N, E] -> `x` + gate * V_i . r_i.
 
-        r_i carries no gradient.
+        `context`, each level [B, K, E], is where r_i comes from, without gradient: V1..V4, and what is known beside.
         """
-        return x + self.gate[:, None] * self.attention(x, patches)
+        return x + self.gate[:, None] * self.attention(x, patches, context)
 
-    def attention(self, x: Tensor, patches: list[Tensor]) -> Tensor:
-        """How much of its like each patch has in its image, V_i . r_i, [B, levels, N]."""
-        return torch.stack([neighbour_cosines(level) for level in patches], dim=1)
+    def attention(self, x: Tensor, patches: list[Tensor], context: list[Tensor]) -> Tensor:
+        """How much of its like each patch finds in the context, V_i . r_i, [B, levels, N]."""
+        return torch.stack([neighbour_cosines(*level) for level in zip(patches, context, strict=True)], dim=1)
 
 
-def neighbour_cosines(patches: Tensor) -> Tensor:
-    """Mean cosine of each patch with the NEIGHBOURS most similar others of its image, [B, N, E] -> [B, N]."""
-    cosines = patches @ patches.detach().transpose(1, 2)
-    itself = torch.eye(cosines.shape[1], dtype=torch.bool, device=cosines.device)
-    count = min(NEIGHBOURS, cosines.shape[1] - 1)
+def neighbour_cosines(patches: Tensor, context: Tensor) -> Tensor:
+    """Mean cosine of each patch [B, N, E] with the NEIGHBOURS most similar of its `context` [B, K, E] -> [B, N].
+
+    The context begins with the patches themselves: what is in a patch's own place there is left out.
+    """
+    cosines = patches @ context.detach().transpose(1, 2)
+    itself = torch.eye(*cosines.shape[1:], dtype=torch.bool, device=cosines.device)
+    count = min(NEIGHBOURS, cosines.shape[2] - 1)
     return cosines.masked_fill(itself, -2).topk(count, dim=-1).values.mean(dim=-1)
 
 
@@ -245,8 +249,8 @@ class CrossAttentionCLIP(AdaptedCLIP):
         self.config = config
         if config.cross_attn not in KINDS:
             raise ValueError(f"--cross_attn {config.cross_attn}: expected {' or '.join(KINDS)}.")
-        if config.cross_attn == "joint" and config.image_context != "adapted":
-            raise ValueError(f"--image_context {config.image_context} goes with --cross_attn block alone.")
+        if config.cross_attn == "joint" and config.image_context == "frozen":
+            raise ValueError("--image_context frozen goes with --cross_attn block alone.")
         text_kind, image_kind = KINDS[config.cross_attn]
         text_weight, image_weight = config.text_cross_attn_weight, config.image_cross_attn_weight
         # What is off is not made: it would draw from the generator that the other's weights come from.
@@ -263,26 +267,31 @@ class CrossAttentionCLIP(AdaptedCLIP):
         """Whether the visual forward needs a text context."""
         return isinstance(self.image_cross_attn, ImageCrossAttentionModule)
 
-    def cosines(self, patches: list[Tensor], anchors: Tensor, context: list[Tensor]) -> Tensor:
+    def cosines(self, patches: list[Tensor], anchors: Tensor, queries: list[Tensor], context: list[Tensor]) -> Tensor:
         """Cosines of patches, each level [B, N, E], with both anchors [B, E, 2], in float32: [B, levels, N, 2].
 
-        Text cross-attention in the joint space adds to them what it sees in `context`, V1..V4 of the same images.
+        Text cross-attention in the joint space adds what `queries`, V1..V4 of the images, find in `context`, each level
+        [B, K, E].
         """
         with torch.autocast(anchors.device.type, enabled=False):
             found = torch.stack([level.float() @ anchors.float() for level in patches], dim=1)
             if not isinstance(self.text_cross_attn, NeighbourCrossAttention):
                 return found
-            normal = self.text_cross_attn(found[..., 0], [level.float() for level in context])
+            queries, context = ([level.float() for level in levels] for levels in (queries, context))
+            normal = self.text_cross_attn(found[..., 0], queries, context)
             return torch.stack([normal, found[..., 1]], dim=-1)
 
-    def detection(self, features: VisualFeatures, cosines: Tensor) -> Tensor:
-        """The detection feature [B, E] in float32, with what image cross-attention in the joint space adds to it."""
-        det = features.det.float()
+    def detection(self, det: Tensor, patches: list[Tensor], cosines: Tensor) -> Tensor:
+        """The detection feature [B, E] in float32, with what image cross-attention in the joint space adds to it.
+
+        `patches`, each level [B, N, E], are what it looks at, `cosines` [B, levels, N, 2] those with both anchors.
+        """
+        det = det.float()
         if not isinstance(self.image_cross_attn, DetectionCrossAttention):
             return det
         evidence = self.backbone.scale * (cosines[..., 1] - cosines[..., 0]).detach()
         with torch.autocast(det.device.type, enabled=False):
-            return self.image_cross_attn(det, [level.float() for level in features.patches], evidence)
+            return self.image_cross_attn(det, [level.float() for level in patches], evidence)
 
     def open_gates(self, stage: str, share: float) -> None:
         """Open the gates of the stage's cross-attention to that share, where it has any."""

@@ -11,9 +11,10 @@ from threading import Thread
 import pytest
 import torch
 
-from benchmarks import variants
-from benchmarks.variants import CONTROL, DEFAULT, Job
+from benchmarks import traps, variants
+from benchmarks.variants import CONTROL, DEFAULT, Given, Job
 from tests.conftest import EPOCHS, tensors
+from utils.checkpoints import load_checkpoint
 from utils.errors import TrainingError, TrainingStoppedError
 
 BAR = Namespace(update=lambda: None)
@@ -82,7 +83,13 @@ def test_what_a_seed_trains_and_tests(monkeypatch, tmp_path):
     assert test[test.index("--control") + 1] == str(folder / "longer_base")
     tested = list(variants.tested_files(args, 7))
     assert tested[:5] == [("base", 0), (CONTROL, 1), (CONTROL, 3), (DEFAULT, 1), (DEFAULT, 3)]
-    assert tested[5:] == [("base, untrained joint", 1), ("longer base, untrained joint", 3)]
+    assert tested[5:] == [
+        ("base, untrained joint", 1),
+        ("longer base, untrained joint", 3),
+        ("longer base, untrained joint, another image", 3),
+        ("joint, another image", 3),
+    ]
+    assert list(variants.given_of(arguments_of(variants=[CONTROL]))) == list(variants.GIVEN)[:3]
     for number, path in enumerate(variants.tested_files(args, 7).values()):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f"{path.stem}_MVTec.csv"), "w", newline="", encoding="utf-8") as file:
@@ -90,7 +97,7 @@ def test_what_a_seed_trains_and_tests(monkeypatch, tmp_path):
             lines = [["class", *variants.METRICS, variants.SEEN], ["bolt", 9, 9, *others, "True"]]
             csv.writer(file).writerows([*lines, ["average", number, "", *others, "False"]])
     found = variants.read_results(args, 7)
-    assert [one["pixel_auroc"] for one in found] == [*range(7)] and found[0][variants.SEEN] == "False"
+    assert [one["pixel_auroc"] for one in found] == [*range(9)] and found[0][variants.SEEN] == "False"
     assert math.isnan(found[0]["pixel_ap"]) and found[0]["image_ap"] == 0.5 and found[0]["dataset"] == "MVTec"
 
 
@@ -102,27 +109,52 @@ def test_time_is_estimated_for_the_model_of_the_base(base, data_root, monkeypatc
     monkeypatch.setattr(variants, "seconds_of_steps", lambda config, device: measured.append(config) or seconds)
     args = arguments_of(resume=base, recipe=tmp_path / "x.args", base_recipe=None, dataset=["small"], domain=None)
     vars(args).update(data_root=data_root, train_dataset=None, seeds=[0, 1])
-    # Two seeds of two variants, 3 loops of 2 + 3 epochs of 20 images; 7 models tested on 20.
-    assert variants.estimate(args) == pytest.approx(2 * (2 * 3 * 5 * 20 + 7 * 20) / 3600)
+    # Two seeds of two variants, 3 loops of 2 + 3 epochs of 20 images; 9 models tested on 20.
+    assert variants.estimate(args) == pytest.approx(2 * (2 * 3 * 5 * 20 + 9 * 20) / 3600)
     assert [(config.model_name, config.img_size) for config in measured] == [("demo", 64)]
 
 
 def test_a_longer_base_is_given_open_gates(scripts, base, monkeypatch, tmp_path):
     monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(variants, "GIVEN", {"base, untrained joint": 0, "longer base, untrained joint": 1})
+    given = {"base, untrained joint": Given(CONTROL, 0, True), "another image": Given(CONTROL, 1, True, "another")}
+    monkeypatch.setattr(variants, "GIVEN", given)
     args = arguments_of()
     longer = variants.run_folder(args, 0, CONTROL)
     off = ["--feedback", "off", *variants.NO_MODULES, "--loops", "1", "--save_path", longer]
     small = ["--dataset", "small", "--device", "cpu", *EPOCHS]
     assert scripts("train_cross_attention", *small, "--resume", base, *off) == 0
-    variants.give_untrained(args, 0)
-    for name, loop in variants.GIVEN.items():
+    variants.write_given(args, 0)
+    for name, (_, loop, _, image_context) in given.items():
         path = variants.run_folder(args, 0, name) / "loop_1.pth"
         found, source = tensors(path), tensors(longer / f"loop_{loop}.pth")
+        assert load_checkpoint(path).model["image_context"] == image_context
         assert torch.equal(found["text_cross_attn.gate"], torch.full((4,), 0.3))
         assert torch.equal(found["image_cross_attn.gate"], torch.full((4,), 1.0))
         assert all(torch.equal(found[key], value) for key, value in source.items())
         assert scripts("test", "--ckpt", path, "--dataset", "small", "--device", "cpu", "--resamples", "20") == 0
+
+
+def test_traps_are_compared_with_the_published_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(traps, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
+    chosen = {name: traps.TRAPS[name] for name in (traps.PUBLISHED, "Stage 1 on all four levels")}
+    monkeypatch.setattr(traps, "TRAPS", chosen)
+    args = arguments_of(dataset="mvtec_ad")
+    job = traps.train_job(args, 2, "Stage 1 on all four levels")
+    folder = tmp_path / "ckpt" / "x_2" / "Stage_1_on_all_four_levels"
+    assert job.words[-4:] == ["--save_path", str(folder), "--stage1_levels", "all"]
+    assert traps.test_job(args, 2, "Stage 1 on all four levels").words[:2] == ["--ckpt", str(folder)]
+    for seed in (0, 1):
+        for number, trap in enumerate(chosen):
+            path = traps.base_folder(args, seed, trap) / "base_MVTec.csv"
+            path.parent.mkdir(parents=True)
+            values = [0.5 + 0.1 * number * (1 + seed)] * len(traps.SHOWN)
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([["class", *traps.SHOWN, variants.SEEN], ["average", *values, "False"]])
+    lines = traps.table(traps.read_results(args, 0) + traps.read_results(args, 1)).splitlines()
+    assert lines[2].startswith("| as published | 50.00 |")
+    # 12.706 is Student's t for 97.5 % and one degree of freedom; differences of 10 and 20 points.
+    assert lines[3].startswith("| Stage 1 on all four levels | +15.00 [-48.53, +78.53] |")
 
 
 def test_a_script_that_fails_or_is_stopped_ends_the_grid(monkeypatch, tmp_path):

@@ -74,7 +74,7 @@ def run():
     model.set_stage("image")
     text = ClassText(model, bank, fixed=True)
     out.encoding = encode(model, images, classes, text)
-    loss, out.stage2_terms = stage2_loss(out.encoding, backbone.scale, batch)
+    loss, out.stage2_terms = stage2_loss(out.encoding, backbone.scale, batch, 1)
     loss.backward()
     out.stage2_grads = {name: p.grad.norm().item() for name, p in model.image_adapter.named_parameters()}
 

@@ -14,7 +14,7 @@ from dataset import check, metadata
 from dataset.commands import run_command
 from dataset.constants import DATA_SETS
 from dataset.demo import build as building
-from dataset.layouts import LAYOUTS
+from dataset.layouts import LAYOUTS, known_good
 from dataset.prepare import prepare, write_metadata
 from dataset.records import Record, write_records
 from dataset.sets import find_dataset, open_all, open_dataset, read_place
@@ -343,6 +343,22 @@ def test_a_folder_in_no_known_layout_shows_the_trees(tmp_path):
         open_dataset("bolts", tmp_path)
     for part in ("bolts/test/good/*.png", "bolts/good/*.png and", "full-shot.jsonl", "Found fine."):
         assert part in str(error.value)
+
+
+def test_known_good_images_of_every_class(tmp_path):
+    for name, count in (("bolt", 2), ("nut", 2), ("cap", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (9, 9)).save(tmp_path / name / f"{number}.png")
+    found = known_good(tmp_path, ["bolt", "nut"], [tmp_path / "cap" / "0.png"])
+    assert [len(images) for images in found.values()] == [2, 2] and list(found) == ["bolt", "nut"]
+    assert known_good(tmp_path / "nut", ["nut"], []) == {"nut": found["nut"]} == known_good(tmp_path, ["nut"], [])
+    with pytest.raises(ValueError, match="as many images of each class, found bolt 2, cap 1"):
+        known_good(tmp_path, ["bolt", "cap"], [])
+    with pytest.raises(FileNotFoundError, match="no images of screw"):
+        known_good(tmp_path, ["bolt", "screw"], [])
+    with pytest.raises(ValueError, match=r"bolt.0\.png is an image of the test"):
+        known_good(tmp_path, ["bolt"], [tmp_path / "cap" / ".." / "bolt" / "0.png"])
 
 
 def test_training_and_testing_on_images_without_masks(tmp_path, scripts, capsys):

@@ -1,5 +1,7 @@
 """The extension starts as the base model, sees what it should, and keeps the images of a batch apart."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from forward_utils_cross_attention import (
     encode,
     encode_stage1,
     image_context,
+    known_patches,
     make_anchors,
     predict,
     stage1_loss,
@@ -77,9 +80,9 @@ def test_zero_start_adds_exactly_nothing(pair):
     # Equal features and anchors give equal maps, scores and losses; here through the whole path.
     batch, scale = batch_of(2, base.backbone.img_size), base.backbone.scale
     encoded = encode(extended, images, CLASSES, text)
-    cosines = base.cosines(plain.patches, anchors, plain.patches)
-    expected = Encoding(plain.patches, anchors, cosines, base.detection(plain, cosines))
-    assert torch.equal(stage2_loss(encoded, scale, batch)[0], stage2_loss(expected, scale, batch)[0])
+    cosines = base.cosines(plain.patches, anchors, plain.patches, plain.patches)
+    expected = Encoding(plain.patches, anchors, cosines, base.detection(plain.det, plain.patches, cosines))
+    assert torch.equal(stage2_loss(encoded, scale, batch, 1)[0], stage2_loss(expected, scale, batch, 1)[0])
 
 
 def test_zero_start_gives_the_base_models_losses_and_maps(pair):
@@ -94,7 +97,7 @@ def test_zero_start_gives_the_base_models_losses_and_maps(pair):
         model.set_stage("image")
         text = ClassText(model, bank, fixed=True)
         second = encode(model, images, CLASSES, text)
-        losses.append((stage1_loss(first, scale, batch, "all", 0.1)[0], stage2_loss(second, scale, batch)[0]))
+        losses.append((stage1_loss(first, scale, batch, "all", 0.1)[0], stage2_loss(second, scale, batch, 1)[0]))
         predictions.append(predict(model, images, CLASSES, text))
     for expected, found in zip(*losses, strict=True):
         assert abs(expected.item() - found.item()) <= 1e-5
@@ -116,7 +119,7 @@ def test_a_few_steps_move_both_modules_and_the_output(backbone):
                 encoded = encode_stage1(model, images, CLASSES, text, "frozen", backbone.default_vv_start, True)
                 loss, _ = stage1_loss(encoded, backbone.scale, batch, "all", 0.1)
             else:
-                loss, _ = stage2_loss(encode(model, images, CLASSES, text), backbone.scale, batch)
+                loss, _ = stage2_loss(encode(model, images, CLASSES, text), backbone.scale, batch, 1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,7 +202,7 @@ def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
     else:
         encoded = encode(model, images, CLASSES, text)
         assert not encoded.anchors.requires_grad  # anchors are fixed, the image in them included
-        loss, _ = stage2_loss(encoded, backbone.scale, batch)
+        loss, _ = stage2_loss(encoded, backbone.scale, batch, 1)
     loss.backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == set(model.trainable(stage))
@@ -268,12 +271,62 @@ def test_the_joint_space_by_its_formulas(backbone):
         assert torch.allclose(found.det[image], expected, atol=1e-4)
 
 
+def test_another_image_is_that_before_it_in_the_batch(backbone):
+    model = joint_model(backbone)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    images, classes = standin_images(3, 64), ["candle"] * 3
+    own = encode(model, images, classes, text)
+    model.config = replace(model.config, image_context="another")
+    found = encode(model, images, classes, text)
+    gate, last = model.text_cross_attn.gate[0], found.patches[0][2]
+    nearest = torch.stack([last[[n for n in range(len(last)) if n != place]] for place in range(len(last))])
+    likeness = (nearest @ found.patches[0][0].unsqueeze(-1)).squeeze(-1).topk(NEIGHBOURS).values.mean(dim=-1)
+    expected = found.patches[0][0] @ found.anchors[0, :, 0] + gate * likeness
+    assert torch.allclose(found.cosines[0, 0, :, 0], expected, atol=1e-5)
+    det = model.visual(images).det
+    assert torch.allclose(found.det[0] - det[0], own.det[2] - det[2], atol=1e-4)
+    assert torch.equal(found.cosines[..., 1], own.cosines[..., 1])
+    first = encode_stage1(model, images, classes, text, "adapted", backbone.default_vv_start, True)
+    assert torch.allclose(first.cosines, found.cosines, atol=1e-5)
+    with pytest.raises(ValueError, match="an image alone in its batch has no other"):
+        encode(model, images[:1], classes[:1], text)
+
+
+def test_known_good_images_join_what_a_patch_is_compared_with(backbone):
+    model = joint_model(backbone)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    images = standin_images(4, 64)
+    known = {
+        "candle": known_patches(model, images[2:], "candle", text),
+        "nut": known_patches(model, images[:2], "nut", text),
+    }
+    alone, found = encode(model, images[:2], CLASSES, text), encode(model, images[:2], CLASSES, text, known=known)
+    level = found.patches[1][0]
+    others = level @ torch.cat([level, *(model.visual(images[2:]).patches[1])]).T
+    likeness = others.fill_diagonal_(-2).topk(NEIGHBOURS).values.mean(dim=-1)
+    expected = level @ found.anchors[0, :, 0] + model.text_cross_attn.gate[1] * likeness
+    assert torch.allclose(found.cosines[0, 1, :, 0], expected, atol=1e-5)
+    # The nut is among its own known images: eight more of its like at least, of a cosine of 1 the first.
+    assert (found.cosines[1, ..., 0] >= alone.cosines[1, ..., 0] - 1e-6).all()
+    assert torch.equal(found.cosines[..., 1], alone.cosines[..., 1])
+
+
+def test_the_temperature_of_the_detection_loss(backbone):
+    det, anchors = torch.randn(2, 8), torch.randn(2, 8, 2)
+    encoding, batch = Encoding([], anchors, torch.zeros(2, 4, 4, 2), det), batch_of(2, 64)
+    cosines = torch.stack([det[n] @ anchors[n] for n in range(2)])
+    for temperature in (1, 7):
+        _, terms = stage2_loss(encoding, backbone.scale, batch, temperature)
+        expected = -(temperature * cosines).log_softmax(dim=1)[[0, 1], batch["label"]].mean()
+        assert terms["classification"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_in_the_joint_space_image_modules_learn_through_their_patches_alone(backbone):
     """A patch's own gradient counts; that of its neighbours, which are the anchor's, and of the weights does not."""
     patches = [torch.nn.functional.normalize(torch.randn(1, 12, 8), dim=-1).requires_grad_() for _ in range(4)]
     module = NeighbourCrossAttention(backbone, 0.5)
     module.open(1)
-    (gradient,) = torch.autograd.grad(module(torch.zeros(1, 4, 12), patches)[0, 0, 3], patches[:1])
+    (gradient,) = torch.autograd.grad(module(torch.zeros(1, 4, 12), patches, patches)[0, 0, 3], patches[:1])
     assert gradient[0, 3].any() and not gradient[0, torch.arange(12) != 3].any()
     model = joint_model(backbone)
     model.set_stage("image")

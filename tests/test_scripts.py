@@ -154,6 +154,24 @@ def test_results_do_not_depend_on_the_batch(scripts, run, other_root):
         assert float(found[0][metric]) == pytest.approx(float(found[1][metric]), abs=1e-3)
 
 
+def test_known_good_images_are_seen_and_reported_apart(scripts, run, other_root, tmp_path, capsys):
+    known = write_small_dataset(tmp_path / "known", per_kind=2, classes=("bolt",))
+    for path in known.glob("*/1_*.png"):
+        path.unlink()
+    ckpt = run / "loop_1.pth"
+    words = ["--ckpt", ckpt, "--dataset", "other", "--device", "cpu", "--resamples", "20"]
+    assert scripts("test", *words, data_root=other_root) == 0
+    assert scripts("test", *words, "--normal_images", known, data_root=other_root) == 0
+    shown = capsys.readouterr().out
+    assert "Not zero-shot: text cross-attention in the joint space sees 2 known good images of each class." in shown
+    for stem, same in (("loop_0", True), ("loop_1", False)):
+        alone, beside = (
+            (run / f"{stem}_other{name}_images.csv").read_text(encoding="utf-8") for name in ("", "_normal_images")
+        )
+        assert (alone == beside) is same
+    assert scripts("test", *words, "--normal_images", tmp_path / "none", data_root=other_root) == 2
+
+
 def test_undefined_is_printed_as_not_available(scripts, base, tmp_path, capsys):
     folder = write_small_dataset(tmp_path / "ill", classes=("colon",))
     lines = [

@@ -33,6 +33,10 @@ CLASS_NAME: dict[str, Any] = {
     "parse": _word,
     "group": "data",
 }
+NORMAL_IMAGES = (
+    "folder of known good images that text cross-attention in the joint space sees beside each image, the same number "
+    "of each class in a folder of its name (of a single class also without); no longer zero-shot"
+)
 PRECISION: dict[str, Any] = {
     "help": "of the two towers; bf16 by autocast",
     "choices": ("fp32", "bf16"),

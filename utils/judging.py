@@ -1,10 +1,11 @@
 """Models judge images: the loop over batches, the verdict on one image, and how both are put in words and colours."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from dataset.constants import BLUR, describe_class
 from dataset.images import as_rgb, read_image
 from dataset.loading import Batch
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, Prediction, PromptBank, predict
-from model.adapter_cross_attention import CrossAttentionCLIP
+from forward_utils_cross_attention import ClassText, Prediction, PromptBank, known_patches, predict
+from model.adapter_cross_attention import CrossAttentionCLIP, NeighbourCrossAttention
 from utils.calibration import Calibration
 from utils.checkpoints import checkpoint_names, checkpoints_of
 from utils.machine import device_of
@@ -38,13 +39,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Detector:
-    """A trained model that judges images of the classes of `text`."""
+    """A trained model that judges images of the classes of `text`; `known`, of good images, as in `encode`."""
 
     name: str
     model: CrossAttentionCLIP
     text: ClassText
     calibration: Calibration | None
     precision: str = "fp32"
+    known: dict[str, list[Tensor]] | None = None
 
     @classmethod
     def of(
@@ -84,10 +86,28 @@ class Detector:
             raise ValueError(f"{ckpt}: a run of {len(detectors)} loops. Name one of its files.")
         return detectors[0]
 
+    def seeing(self, normal_images: dict[str, list[Path]]) -> "Detector":
+        """The same, with text cross-attention that sees images of each class which are known to be good.
+
+        A model without it, or with another, is returned as it is: it would have no use for them.
+        Raises ValueError where a file is not readable as an image.
+        """
+        if not isinstance(self.model.text_cross_attn, NeighbourCrossAttention):
+            return self
+        transform = Transform(self.model.backbone.img_size)
+        known = {}
+        for name, paths in normal_images.items():
+            pixels = (transform(read_image(path), None)[0][None] for path in paths)
+            seen = [
+                known_patches(self.model, image.to(self.model.backbone.device), name, self.text) for image in pixels
+            ]
+            known[name] = [torch.cat(level) for level in zip(*seen, strict=True)]
+        return replace(self, known=known)
+
     def predict(self, images: Tensor, class_names: list[str], paths: list[str]) -> Prediction:
         """Maps and scores of normalised pixels [B, 3, S, S]. Raises ValueError that names one whose are not finite."""
         pixels = images.to(self.model.backbone.device, non_blocking=True)
-        found = predict(self.model, pixels, class_names, self.text, self.precision)
+        found = predict(self.model, pixels, class_names, self.text, self.precision, self.known)
         finite = found.maps.flatten(1).isfinite().all(dim=1) & found.detection_scores.isfinite()
         for path, fine in zip(paths, finite.tolist(), strict=True):
             if not fine:

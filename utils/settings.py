@@ -96,6 +96,13 @@ class Settings:
     )
     warmup_steps: int = _flag("steps of each stage over which learning rates rise", 0, least=0, added=True)
     text_norm_weight: float = _flag("weight of Stage 1's orthogonal term", 0.1)
+    det_temperature: float = _flag(
+        "what Stage 2's cross-entropy multiplies the cosines of the detection feature by; published bases were trained "
+        "with 1",
+        1.0,
+        positive=True,
+        added=True,
+    )
     stage1_levels: str = _flag(
         "levels that train Stage 1: the last, as the published code, or the sum of all, as the paper",
         "all",

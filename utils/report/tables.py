@@ -93,6 +93,12 @@ def notes(comparison: Comparison) -> list[str]:
         if not any("control" in result.references for result in results):
             found.append("Less its base may be the work of longer training: --control RUN tells, see README.")
         found.append("Of 100 differences that are nothing, about 5 have an interval that leaves out 0.")
+    if normal := comparison.bench.normal_images:
+        count = len(next(iter(normal.values())))
+        found.append(
+            f"Not zero-shot: text cross-attention in the joint space sees {count} known good images of each class. "
+            "Bases do not, and calibrations were fitted without."
+        )
     data, known = comparison.data, DATA_SETS.get(comparison.data.source)
     if known and known.reported and not data.reported:
         found.append(f"AA-CLIP's reported numbers are left out: these are not all images of {data.source}, or others.")

@@ -1,6 +1,8 @@
 """What models are tested on: a data set, with its prompts on one backbone and the way its images are read."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from dataset.loading import AnomalyDataset, Batch, make_loader
@@ -24,11 +26,16 @@ class Batching(NamedTuple):
 class Bench:
     """A data set to test models on that share a backbone.
 
-    Raises ValueError for a prompt that CLIP cannot read whole, and where the patch grid is too small for the domain.
+    `normal_images`: {class: known good images} that models may see beside the tested ones; results then have a name of
+    their own. Raises ValueError for a prompt that CLIP cannot read whole, and where the patch grid is too small for the
+    domain.
     """
 
-    def __init__(self, data: DataSet, backbone: Backbone, batching: Batching):
-        self.data, self.batching = data, batching
+    def __init__(
+        self, data: DataSet, backbone: Backbone, batching: Batching, normal_images: dict[str, list[Path]] | None = None
+    ):
+        self.data = replace(data, name=f"{data.name}_normal_images") if normal_images else data
+        self.batching, self.normal_images = batching, normal_images
         self.bank = PromptBank(backbone, data.descriptions, data.domain)
         self._transform = Transform(backbone.img_size)
 
@@ -40,7 +47,8 @@ class Bench:
     def detector(self, contender: Contender) -> Detector:
         """The model of a contender, ready to judge images of the data set."""
         fitted = contender.checkpoint.calibration
-        return Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name)
+        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name)
+        return detector.seeing(self.normal_images) if self.normal_images else detector
 
     def predictions(
         self,

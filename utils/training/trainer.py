@@ -208,7 +208,7 @@ class Trainer:
             loss, terms = stage1_loss(encoding, model.backbone.scale, target, levels, norm_weight)
         else:
             encoding = encode(model, images, class_names, text, settings.precision)
-            loss, terms = stage2_loss(encoding, model.backbone.scale, target)
+            loss, terms = stage2_loss(encoding, model.backbone.scale, target, settings.det_temperature)
         anchors = encoding.anchors
         # 0 where the normal and the abnormal anchor are one, 1 where they are orthogonal.
         terms["anchor_separation"] = 1 - (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()
