@@ -177,12 +177,11 @@ def known_patches(model: CrossAttentionCLIP, images: Tensor, class_name: str, te
     return [level.flatten(0, 1) for level in features.patches]
 
 
-def add_known(patches: list[Tensor], class_names: list[str], known: dict[str, list[Tensor]] | None) -> list[Tensor]:
-    """Each level [B, N, E], followed by what is `known` of each image's class, see `known_patches`."""
+def known_of(class_names: list[str], known: dict[str, list[Tensor]] | None) -> list[Tensor] | None:
+    """What is known of each image's class, each level [B, K * N, E]; None where nothing is."""
     if known is None:
-        return patches
-    of_images = [torch.stack(levels) for levels in zip(*(known[name] for name in class_names), strict=True)]
-    return [torch.cat([level, more.to(level.dtype)], dim=1) for level, more in zip(patches, of_images, strict=True)]
+        return None
+    return [torch.stack(levels) for levels in zip(*(known[name] for name in class_names), strict=True)]
 
 
 def encode(
@@ -211,7 +210,7 @@ def encode(
             )
         anchors = text.anchors(class_names, context)
     patches = features.patches
-    cosines = model.cosines(patches, anchors, patches, add_known(seen.patches, class_names, known))
+    cosines = model.cosines(patches, anchors, patches, seen.patches, known_of(class_names, known))
     of_seen = cosines if seen is features else model.cosines(seen.patches, anchors, seen.patches, seen.patches)
     return Encoding(patches, anchors, cosines, model.detection(features.det, seen.patches, of_seen))
 

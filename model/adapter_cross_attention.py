@@ -178,29 +178,38 @@ class NeighbourCrossAttention(Gated):
     """Text -> image: at each patch the normal anchor sees the patches of the same image that are most like it.
 
     The anchor of patch i is t + g r_i, r_i the mean of its NEIGHBOURS most similar patches: a patch that has its like
-    elsewhere in the image is more normal (as in https://arxiv.org/abs/2405.14529, within one image).
+    elsewhere in the image is more normal. Where good images are known, r_i has the most similar patch of theirs added
+    (https://arxiv.org/abs/2405.14529).
     """
 
-    def forward(self, x: Tensor, patches: list[Tensor], context: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, patches: list[Tensor], context: list[Tensor], known: list[Tensor] | None = None
+    ) -> Tensor:
         """Cosines with the normal anchor `x` [B, levels, N] and V1..V4, each [B, N, E] -> `x` + gate * V_i . r_i.
 
-        `context`, each level [B, K, E], is where r_i comes from, without gradient: V1..V4, and what is known beside.
+        r_i comes, without gradient, from `context`, V1..V4 of the image that is seen, and `known`, each [B, K, E].
         """
-        return x + self.gate[:, None] * self.attention(x, patches, context)
+        return x + self.gate[:, None] * self.attention(x, patches, context, known)
 
-    def attention(self, x: Tensor, patches: list[Tensor], context: list[Tensor]) -> Tensor:
-        """How much of its like each patch finds in the context, V_i . r_i, [B, levels, N]."""
-        return torch.stack([neighbour_cosines(*level) for level in zip(patches, context, strict=True)], dim=1)
+    def attention(
+        self, x: Tensor, patches: list[Tensor], context: list[Tensor], known: list[Tensor] | None = None
+    ) -> Tensor:
+        """How much of its like each patch finds, V_i . r_i, [B, levels, N]."""
+        found = [neighbour_cosines(*level) for level in zip(patches, context, strict=True)]
+        if known is not None:
+            nearest = [(level @ good.transpose(1, 2)).amax(-1) for level, good in zip(patches, known, strict=True)]
+            found = [own + other for own, other in zip(found, nearest, strict=True)]
+        return torch.stack(found, dim=1)
 
 
 def neighbour_cosines(patches: Tensor, context: Tensor) -> Tensor:
-    """Mean cosine of each patch [B, N, E] with the NEIGHBOURS most similar of its `context` [B, K, E] -> [B, N].
+    """Mean cosine of each patch with the NEIGHBOURS most similar of the context, both [B, N, E] -> [B, N].
 
-    The context begins with the patches themselves: what is in a patch's own place there is left out.
+    The patch in its own place is left out.
     """
     cosines = patches @ context.detach().transpose(1, 2)
-    itself = torch.eye(*cosines.shape[1:], dtype=torch.bool, device=cosines.device)
-    count = min(NEIGHBOURS, cosines.shape[2] - 1)
+    itself = torch.eye(cosines.shape[1], dtype=torch.bool, device=cosines.device)
+    count = min(NEIGHBOURS, cosines.shape[1] - 1)
     return cosines.masked_fill(itself, -2).topk(count, dim=-1).values.mean(dim=-1)
 
 
@@ -267,18 +276,25 @@ class CrossAttentionCLIP(AdaptedCLIP):
         """Whether the visual forward needs a text context."""
         return isinstance(self.image_cross_attn, ImageCrossAttentionModule)
 
-    def cosines(self, patches: list[Tensor], anchors: Tensor, queries: list[Tensor], context: list[Tensor]) -> Tensor:
+    def cosines(
+        self,
+        patches: list[Tensor],
+        anchors: Tensor,
+        queries: list[Tensor],
+        context: list[Tensor],
+        known: list[Tensor] | None = None,
+    ) -> Tensor:
         """Cosines of patches, each level [B, N, E], with both anchors [B, E, 2], in float32: [B, levels, N, 2].
 
-        Text cross-attention in the joint space adds what `queries`, V1..V4 of the images, find in `context`, each level
-        [B, K, E].
+        Text cross-attention in the joint space adds what `queries`, V1..V4 of the images, find in the other two.
         """
         with torch.autocast(anchors.device.type, enabled=False):
             found = torch.stack([level.float() @ anchors.float() for level in patches], dim=1)
             if not isinstance(self.text_cross_attn, NeighbourCrossAttention):
                 return found
             queries, context = ([level.float() for level in levels] for levels in (queries, context))
-            normal = self.text_cross_attn(found[..., 0], queries, context)
+            known = None if known is None else [level.float() for level in known]
+            normal = self.text_cross_attn(found[..., 0], queries, context, known)
             return torch.stack([normal, found[..., 1]], dim=-1)
 
     def detection(self, det: Tensor, patches: list[Tensor], cosines: Tensor) -> Tensor:
