@@ -25,7 +25,15 @@ from dataset.layouts import IMAGE_SUFFIXES, known_good
 from utils import arguments
 from utils.cli import run_script
 from utils.files import safe_name, write_csv
-from utils.judging import Detector, calibrated_extremes, caption, decision_word, load_detectors, scaled
+from utils.judging import (
+    Detector,
+    calibrated_extremes,
+    caption,
+    check_normal_images,
+    decision_word,
+    load_detectors,
+    scaled,
+)
 from utils.logs import progress
 from utils.machine import device_of
 from utils.models import ModelLoader
@@ -138,6 +146,7 @@ def main() -> int:
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision)
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
+        check_normal_images(detector.model for detector in detectors)
         detectors = [detector.seeing(normal) for detector in detectors]
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:

@@ -17,6 +17,7 @@ from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
 from utils import arguments
 from utils.cli import run_script
+from utils.judging import check_normal_images
 from utils.models import ModelLoader
 from utils.options import at_least
 from utils.report.html import Chapter, write_report
@@ -155,6 +156,8 @@ def main() -> None:
     machine = arguments.machine_of(args)
     loader = ModelLoader(machine.device, machine.clip_weights, arguments.model_flags(args))
     contenders = load_contenders(args.ckpt, args.control, loader)
+    if args.normal_images:
+        check_normal_images(contender.model for contender in contenders)
     batching = Batching(args.batch_size, machine.num_workers, args.precision)
     benches = [Bench(data, loader.backbone, batching, normal_images_of(args, data)) for data in data_sets]
     if args.image_idx is not None:

@@ -272,6 +272,11 @@ class CrossAttentionCLIP(AdaptedCLIP):
         return isinstance(self.text_cross_attn, CrossAttentionModule)
 
     @property
+    def sees_known_images(self) -> bool:
+        """Whether images that are known to be good make a difference to `cosines`."""
+        return isinstance(self.text_cross_attn, NeighbourCrossAttention)
+
+    @property
     def image_sees_prompts(self) -> bool:
         """Whether the visual forward needs a text context."""
         return isinstance(self.image_cross_attn, ImageCrossAttentionModule)

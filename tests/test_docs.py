@@ -91,6 +91,7 @@ class Small(NamedTuple):
     control: Path
     base: Path
     images: Path
+    good: Path
     own: Path
     results: Path
 
@@ -106,6 +107,8 @@ class Small(NamedTuple):
             return str(self.own) if "/" in word else "small"
         if flag == "--images":
             return str(self.images / "*.png" if "*" in word else self.images)
+        if flag == "--normal_images":
+            return str(self.good)
         if flag == "--clip_weights":
             return str(REPOSITORY / "ckpt/demo/demo.safetensors")
         return str(self.results / name) if flag == "--save_path" else word
@@ -133,8 +136,12 @@ def small(tmp_path_factory, run, base, data_root) -> Small:
     images.mkdir()
     for name in ("0_0.png", "1_0.png"):
         shutil.copy(data_root / "small" / "candle" / name, images / name)
+    good = folder / "good"
+    for place in (good, good / "candle", good / "metal_nut"):
+        place.mkdir()
+        shutil.copy(images / "0_0.png", place / "0.png")
     own = write_small_dataset(folder / "bolt", per_kind=2, classes=("bolt",))
-    return Small(folder / "run", folder / "control", folder / "base", images, own, folder / "results")
+    return Small(folder / "run", folder / "control", folder / "base", images, good, own, folder / "results")
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_results_do_not_depend_on_the_batch(scripts, run, other_root):
         assert float(found[0][metric]) == pytest.approx(float(found[1][metric]), abs=1e-3)
 
 
-def test_known_good_images_are_seen_and_reported_apart(scripts, run, other_root, tmp_path, capsys):
+def test_known_good_images_are_seen_and_reported_apart(scripts, run, base, other_root, tmp_path, capsys):
     known = write_small_dataset(tmp_path / "known", per_kind=2, classes=("bolt",))
     for path in known.glob("*/1_*.png"):
         path.unlink()
@@ -170,6 +170,9 @@ def test_known_good_images_are_seen_and_reported_apart(scripts, run, other_root,
         )
         assert (alone == beside) is same
     assert scripts("test", *words, "--normal_images", tmp_path / "none", data_root=other_root) == 2
+    words[1] = base
+    assert scripts("test", *words, "--normal_images", known, data_root=other_root) == 2
+    assert "none of these models sees them" in capsys.readouterr().err
 
 
 def test_undefined_is_printed_as_not_available(scripts, base, tmp_path, capsys):

@@ -14,7 +14,7 @@ from dataset.images import as_rgb, read_image
 from dataset.loading import Batch
 from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, known_patches, predict
-from model.adapter_cross_attention import CrossAttentionCLIP, NeighbourCrossAttention
+from model.adapter_cross_attention import CrossAttentionCLIP
 from utils.calibration import Calibration
 from utils.checkpoints import checkpoint_names, checkpoints_of
 from utils.machine import device_of
@@ -89,10 +89,9 @@ class Detector:
     def seeing(self, normal_images: dict[str, list[Path]]) -> "Detector":
         """The same, with text cross-attention that sees images of each class which are known to be good.
 
-        A model without it, or with another, is returned as it is: it would have no use for them.
-        Raises ValueError where a file is not readable as an image.
+        A model that does not see them is returned as it is. Raises ValueError where a file is not readable as an image.
         """
-        if not isinstance(self.model.text_cross_attn, NeighbourCrossAttention):
+        if not self.model.sees_known_images:
             return self
         transform = Transform(self.model.backbone.img_size)
         known = {}
@@ -154,6 +153,15 @@ def load_detectors(
         Detector.of(model, bank, checkpoint.calibration, precision, name)
         for name, model, checkpoint in zip(checkpoint_names(checkpoints), models, checkpoints, strict=True)
     ]
+
+
+def check_normal_images(models: Iterable[CrossAttentionCLIP]) -> None:
+    """Raise ValueError where known good images make no difference to any of these models."""
+    if not any(model.sees_known_images for model in models):
+        raise ValueError(
+            "--normal_images: none of these models sees them. Expected one with text cross-attention in the joint "
+            "space, as train_cross_attention.py trains; leave the flag out for others."
+        )
 
 
 def judge_batches(
