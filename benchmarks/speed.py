@@ -68,10 +68,14 @@ def cases(backbone: Backbone, batch_size: int, placement: str) -> dict[str, Call
     vv_start = backbone.default_vv_start
 
     def step(stage: str, looks_at: str | None = None) -> Callable[[], None]:
+        # As in training, one for all steps of a stage.
+        both.set_stage(stage)
+        optimizer = torch.optim.Adam([p for p in both.parameters() if p.requires_grad], lr=1e-6)
+        text = ClassText(both, bank, fixed=stage == "image")
+
         def run() -> None:
             both.set_stage(stage)
-            optimizer = torch.optim.Adam([p for p in both.parameters() if p.requires_grad], lr=1e-6)
-            text = ClassText(both, bank, fixed=stage == "image")
+            optimizer.zero_grad(set_to_none=True)
             if looks_at:
                 encoding = encode_stage1(both, images, classes, text, looks_at, vv_start, True)
                 loss, _ = stage1_loss(encoding, backbone.scale, batch, "all", 0.1)
