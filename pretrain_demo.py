@@ -46,15 +46,15 @@ from dataset.demo.captions import (
     truth,
 )
 from dataset.demo.render import render
-from dataset.loading import ignore_interrupt
+from dataset.files import replacing
+from dataset.loading import outlive_signals
 from forward_utils_cross_attention import make_anchors
 from model.backbone import Backbone, clip_config, load_backbone, run_blocks
 from utils import arguments, checkpoints
 from utils.cli import run_script
 from utils.errors import TrainingError, TrainingStoppedError
-from utils.files import replacing
 from utils.logs import log_to_file, progress
-from utils.options import at_least, finite, positive
+from utils.options import MOST_SEED, at_least, finite, positive
 from utils.signals import StopSignal
 from utils.training.optimizer import learning_rate_factor
 
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=at_least(2), default=128, help="images per step")
     parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW, cosine to zero")
     parser.add_argument("--region_weight", type=finite, default=1.0, help="weight of the region captions' loss")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, images and order")
+    parser.add_argument("--seed", type=at_least(0, MOST_SEED), default=0, help="of weights, images and order")
     args = parser.parse_args()
     if args.seed >= MEASURE_SEED:
         parser.error(f"--seed {args.seed}: expected less than {MEASURE_SEED}; others draw what measures and tests.")
@@ -138,7 +138,7 @@ def render_pool(count: int, seed: int) -> Pool:
     labels = torch.empty(count, 3, dtype=torch.long)
     jobs = ((number, seed) for number in range(count))
     # Where processes are spawned, each imports PyTorch: with many cores, memory is the limit.
-    workers = ProcessPoolExecutor(min(8, os.cpu_count() or 1), initializer=ignore_interrupt)
+    workers = ProcessPoolExecutor(min(8, os.cpu_count() or 1), initializer=outlive_signals)
     with StopSignal() as stop:
         try:
             rendered = workers.map(render_numbered, jobs, chunksize=200)

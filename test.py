@@ -19,7 +19,7 @@ from utils import arguments
 from utils.cli import run_script
 from utils.judging import check_normal_images
 from utils.models import ModelLoader
-from utils.options import at_least
+from utils.options import MOST_SEED, at_least
 from utils.report.html import Chapter, write_report
 from utils.report.pictures import draw_loops, draw_one, draw_sheets, picture_folder
 from utils.report.tables import notes, text_table, write_json, write_latex, write_results
@@ -54,14 +54,16 @@ def parse_arguments() -> argparse.Namespace:
     arguments.add_own_data_arguments(parser)
     parser.add_argument("--normal_images", type=Path, help=arguments.NORMAL_IMAGES)
     parser.add_argument(
-        "--batch_size", type=at_least(1), default=8, help="images per forward; results do not depend on it"
+        "--batch_size", type=at_least(1, 65_536), default=8, help="images per forward; results do not depend on it"
     )
-    parser.add_argument("--resamples", type=at_least(1), default=RESAMPLES, help="of the images, for the intervals")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the resamples")
+    parser.add_argument(
+        "--resamples", type=at_least(1, 100_000), default=RESAMPLES, help="of the images, for the intervals"
+    )
+    parser.add_argument("--seed", type=at_least(0, MOST_SEED), default=0, help="of the resamples")
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--pictures",
-        type=at_least(0),
+        type=at_least(0, 100),
         default=0,
         help="anomalous and normal images per class in the sheets of anomaly maps, of the last checkpoint beside its "
         "base; 0 for none",

@@ -39,7 +39,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Of the command line, or of `words`."""
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--resume", type=Path, help="base model (AA-CLIP's folder) or loop file to start from")
-    parser.add_argument("--loops", type=at_least(1), default=3, help="number of the last loop of Stage 1 and Stage 2")
+    parser.add_argument(
+        "--loops", type=at_least(1, 1000), default=3, help="number of the last loop of Stage 1 and Stage 2"
+    )
     parser.add_argument("--save_path", type=Path, help="folder of the run; without it ckpt/<name of the base>_feedback")
     parser.add_argument(
         "--eval_dataset",

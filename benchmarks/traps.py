@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.variants import Job, common_words, folder_of, interval, machine_words, read_average, run_all, with_ends
 from dataset.sets import result_name
-from model.backbone import REPOSITORY
+from model.weights import REPOSITORY
 from utils import arguments
 from utils.cli import run_script
 from utils.files import write_csv

@@ -36,7 +36,7 @@ from benchmarks.standin import standin_backbone
 from dataset.prepare import prepare
 from dataset.sets import open_all, open_dataset, result_name
 from model.adapter_cross_attention import ModelConfig, new_extension
-from model.backbone import REPOSITORY
+from model.weights import REPOSITORY
 from utils import arguments, checkpoints
 from utils.checkpoints import load_checkpoint
 from utils.cli import run_script

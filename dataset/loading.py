@@ -169,9 +169,19 @@ def loader_message(error: Exception) -> str:
     return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
 
 
-def ignore_interrupt(worker: int = 0) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides when workers end."""
+# Seconds after which a reading process follows a signal that its main process has not.
+GRACE = 120
+
+
+def outlive_signals(worker: int = 0) -> None:
+    """Signals to a group reach the reading processes too; the main one decides when they end, by another way.
+
+    Were they gone before it, PyTorch would break off the running step, and with it what is not yet saved.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # elsewhere there are no such signals
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def make_loader(
@@ -184,7 +194,7 @@ def make_loader(
         sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
         # Of its own, so that loading never advances the global generator.
         generator=torch.Generator().manual_seed(0),

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
-from uuid import uuid4
 
 import numpy as np
+
+from dataset.files import write_text
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,7 @@ def check_paths(records: list[Record], folder: Path) -> None:
 def write_records(path: Path, records: list[Record]) -> None:
     """Write `records` as JSON lines: all of them, or nothing."""
     lines = (json.dumps({k: v for k, v in asdict(record).items() if v is not None}) for record in records)
-    # A name of its own, since several processes may write the list of a data set that they all begin with.
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def digest(records: list[Record]) -> str:

@@ -65,7 +65,9 @@ class ModelConfig:
     )
     quick_gelu: bool = _flag("OpenAI's activation", False, without="plain GELU, as published bases have")
     relu: bool = _flag("LeakyReLU after the image projectors", False, without="none")
-    adapter_hidden: int | None = _flag("adapters with a bottleneck of this width", None, least=1, without="none")
+    adapter_hidden: int | None = _flag(
+        "adapters with a bottleneck of this width", None, least=1, most=65_536, without="none"
+    )
     text_adapt_weight: float = _flag("weight of a text adapter's output", 0.1)
     image_adapt_weight: float = _flag("weight of an image adapter's output", 0.1)
     text_cross_attn: bool = _flag("without text -> image", False, EXTENSION, flag="no_text_cross_attn", without=None)

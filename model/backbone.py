@@ -5,35 +5,32 @@ width, E the embedding width. Blocks count from 0; a level is a number of blocks
 output of block 5.
 """
 
-import hashlib
 import logging
-import warnings
-import zipfile
+import math
 from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
-from textwrap import shorten
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from model.weights import check_state, find_weights, read_weights, weights_sha256
+
 logger = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = "ViT-L-14-336"
 # AA-CLIP adapts the 336 px model at 518 px (37 x 37 patches); every other model keeps the size of its configuration.
 ADAPTED_SIZES = {DEFAULT_MODEL: 518}
-WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
-WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
+# Side of an image, px: eight times what AA-CLIP uses, and 85,000 patches.
+MOST_PIXELS = 4096
 # Keys of open_clip's configurations of text towers with another mask, pooling or tokenizer.
 OTHER_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name", "no_causal_mask", "pool_type", "embed_cls", "text_arch"}
-# Entries of OpenAI's state dicts that are no weights.
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+# The one weight whose shape depends on the size of images.
+IMAGE_POSITIONS = "visual.positional_embedding"
 
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
@@ -45,12 +42,13 @@ def clip_config(model_name: str, img_size: int | None = None, quick_gelu: bool =
     trained it with quick-GELU, and every published base was adapted on that backbone.
     Raises ValueError for an unknown name and for a size that is no multiple of the patch.
     """
-    config = open_clip.get_model_config(model_name)
-    if config is None:
+    # Asked first: open_clip would look for a name with a scheme ("hf-hub:...") on the network.
+    if model_name not in open_clip.list_models():
         raise ValueError(
             f"--model_name {model_name}: open_clip has no such model. Choose {DEFAULT_MODEL}, demo, or another "
             f"ViT of open_clip.list_models()."
         )
+    config = open_clip.get_model_config(model_name)
     vision = config.get("vision_cfg", {})
     # Sound models, captioners and the like have keys that CLIP does not take; a ResNet's patch size is null.
     other = config.keys() - signature(open_clip.CLIP).parameters.keys()
@@ -60,6 +58,8 @@ def clip_config(model_name: str, img_size: int | None = None, quick_gelu: bool =
         )
     size = img_size or ADAPTED_SIZES.get(model_name, vision["image_size"])
     patch = vision["patch_size"]
+    if size > MOST_PIXELS:
+        raise ValueError(f"--img_size {size}: expected at most {MOST_PIXELS} px.")
     if size < patch or size % patch:
         lower = max(size // patch, 1) * patch
         raise ValueError(
@@ -77,98 +77,6 @@ def default_adapters(config: dict) -> dict[str, int]:
         f"{tower}_adapt_until": max(1, config[f"{key}_cfg"]["layers"] // 4)
         for tower, key in (("text", "text"), ("image", "vision"))
     }
-
-
-def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Path:
-    """The weight file of `model_name`: `clip_weights`, else a known name in `WEIGHT_FOLDERS`, else a download.
-
-    open_clip downloads. Raises FileNotFoundError that lists what was tried.
-    """
-    if clip_weights is not None:
-        if not Path(clip_weights).is_file():
-            raise FileNotFoundError(f"--clip_weights {clip_weights}: no such file.")
-        return Path(clip_weights)
-    names = [f"{stem}{suffix}" for stem in (model_name, f"{model_name}px") for suffix in WEIGHT_SUFFIXES]
-    folders = list(dict.fromkeys(root / folder for root in (REPOSITORY, Path.cwd()) for folder in WEIGHT_FOLDERS))
-    for folder in folders:
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-    source = open_clip.get_pretrained_cfg(model_name, "openai")
-    addresses = _addresses(source)
-    reason = "open_clip lists no OpenAI weights for it"
-    if addresses:
-        logger.info("No weights of %s in %s; trying to download them.", model_name, ", ".join(WEIGHT_FOLDERS))
-        try:
-            return Path(open_clip.download_pretrained(source))
-        except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
-            reason = f"download failed: {shorten(str(error), 160)} ({type(error).__name__})"
-    known = " or ".join(f"{address} (as {model_name}{Path(address).suffix})" for address in addresses)
-    raise FileNotFoundError(
-        f"No weights for {model_name}.\n"
-        f"  tried: {', '.join(names)}\n"
-        f"  in:    {', '.join(str(folder) for folder in folders)}\n"
-        f"  and:   {reason}\n"
-        f"Download {known or 'a checkpoint of this model (as one of these names)'} into {folders[0]}, "
-        "or give the file with --clip_weights FILE."
-    )
-
-
-def _addresses(source: dict) -> list[str]:
-    """Where the file of an entry of open_clip's pretrained list is: its own address, Hugging Face, both or neither.
-
-    Which of the two an entry has differs between versions of open_clip. `hf_hub` is "owner/name/" or, with a file,
-    "owner/name/file".
-    """
-    addresses = [source["url"]] if source.get("url") else []
-    if source.get("hf_hub"):
-        repository, _, name = source["hf_hub"].rpartition("/")
-        addresses.append(f"https://huggingface.co/{repository}/resolve/main/{name or HF_SAFE_WEIGHTS_NAME}")
-    return addresses
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """State dict, in float32, of a TorchScript archive (OpenAI's), a .pt/.pth/.bin state dict or a .safetensors file.
-
-    Raises ValueError where the file is none of these or is damaged.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: object = load_file(path)
-        elif _is_torchscript(path):
-            with warnings.catch_warnings():
-                # Deprecated, but there is no other reader of OpenAI's archives.
-                warnings.filterwarnings("ignore", message="`torch.jit.load` is deprecated")
-                content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling, zip, safetensors and TorchScript errors share no base class
-        raise ValueError(f"{path}: not readable as CLIP weights ({shorten(str(error), 160)}).") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: expected a state dict of tensors, found {type(content).__name__}.")
-    state = {name.removeprefix("module."): value for name, value in content.items()}
-    return {name: value.float() for name, value in state.items() if name not in NOT_WEIGHTS}
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
-def weights_sha256(state: dict[str, Tensor]) -> str:
-    """SHA-256 over the float32 tensors sorted by name, so that one set of weights agrees in every file format."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def self_attention(attention: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -382,11 +290,14 @@ def load_backbone(
     path = find_weights(model_name, clip_weights)
     logger.info("CLIP weights: %s", path)
     state = read_weights(path)
-    sha256 = weights_sha256(state)
     with torch.device("meta"):
         clip = open_clip.CLIP(**config)
+    expected, where = clip.state_dict(), f"{path}: not the weights of {model_name}; it"
+    check_state(expected, state, where, but=IMAGE_POSITIONS)
+    _check_positions(expected[IMAGE_POSITIONS], state[IMAGE_POSITIONS], where)
+    state = {name: value.float() for name, value in state.items()}
+    sha256 = weights_sha256(state)
     resize_pos_embed(state, clip)
-    check_state(clip.state_dict(), state, f"{path}: not the weights of {model_name}; it")
     clip.load_state_dict(state, assign=True)
     clip.attn_mask = _causal_mask(clip.context_length)  # a buffer outside the state dict
     return Backbone(clip, model_name, quick_gelu, sha256)
@@ -402,13 +313,11 @@ def _causal_mask(length: int) -> Tensor:
     return torch.full((length, length), float("-inf")).triu_(1)
 
 
-def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
-    """Raise ValueError, beginning with `where`, for the first key that is missing, unknown or of another shape."""
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise ValueError(f"{where} lacks '{name}', shape {list(expected[name].shape)}.")
-        if name not in expected:
-            raise ValueError(f"{where} holds '{name}', which the model does not have.")
-        if expected[name].shape != found[name].shape:
-            shapes = f"shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
-            raise ValueError(f"{where} holds '{name}' of another size: {shapes}.")
+def _check_positions(expected: Tensor, found: Tensor, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for positions [1 + n * n, W] that are not of a square of patches."""
+    patches = len(found) - 1 if found.ndim == 2 else 0
+    if patches < 1 or math.isqrt(patches) ** 2 != patches or found.shape[1] != expected.shape[1]:
+        raise ValueError(
+            f"{where} holds '{IMAGE_POSITIONS}' of shape {list(found.shape)}; expected [1 + patches, "
+            f"{expected.shape[1]}] of a square of patches."
+        )

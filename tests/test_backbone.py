@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from benchmarks.standin import standin_images
-from model import backbone as module
-from model.backbone import Backbone, clip_config, default_adapters, load_backbone, read_weights, vv_attention
+from model import weights as module
+from model.backbone import Backbone, clip_config, default_adapters, load_backbone, vv_attention
+from model.weights import read_weights
 
 PROMPTS = ["a photo of a damaged metal nut.", "candle."]
 

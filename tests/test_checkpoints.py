@@ -120,7 +120,10 @@ def wrong_shape(content: dict) -> None:
         (lambda f: (f / "text_adapter.pth").write_bytes((f / "text_adapter.pth").read_bytes()[:999]), "truncated"),
         (lambda f: rewrite(f / "text_adapter.pth", lambda c: c.update(epoch=0)), "never trained"),
         (lambda f: rewrite(f / "text_adapter.pth", lambda c: c.pop("epoch")), "'epoch' is missing"),
-        (lambda f: rewrite(f / "text_adapter.pth", lambda c: c["config"].update(other=1)), "two different runs"),
+        (
+            lambda f: rewrite(f / "text_adapter.pth", lambda c: c["config"]["training"].update(seed=1)),
+            "two different runs",
+        ),
         (lambda f: torch.save([1, 2], f / "text_adapter.pth"), "expected a dict"),
         (
             lambda f: rewrite(f / "image_adapter.pth", wrong_shape),

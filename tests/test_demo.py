@@ -33,7 +33,8 @@ from dataset.demo.products import PRODUCTS
 from dataset.demo.render import render
 from dataset.prepare import prepare
 from dataset.sets import find_dataset, open_dataset
-from model.backbone import REPOSITORY, load_backbone
+from model.backbone import load_backbone
+from model.weights import REPOSITORY
 from tests.conftest import listing
 from utils.checkpoints import load_checkpoint
 from utils.cli import run_script

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from model.backbone import REPOSITORY
+from model.weights import REPOSITORY
 from tests.conftest import Scripts, write_small_dataset
 
 README = REPOSITORY / "README.md"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import pytest
 
 from model.adapter_cross_attention import STAGES, ModelConfig
-from model.backbone import REPOSITORY
+from model.weights import REPOSITORY
 from utils.options import add_fields, completed, flag_fields
 from utils.settings import Settings
 

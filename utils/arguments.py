@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from dataset.commands import add_data_root
 from dataset.constants import BLUR
 from model.adapter_cross_attention import ModelConfig, model_fields
-from model.backbone import WEIGHT_FOLDERS
+from model.weights import WEIGHT_FOLDERS
 from utils.machine import Machine, default_device
 from utils.options import add_fields, add_flag, at_least
 
@@ -119,7 +119,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = add_machine_arguments(parser)
     add_data_root(group)
     group.add_argument(
-        "--num_workers", type=at_least(0), help="processes that read images; without it 4 on a GPU, else 0"
+        "--num_workers", type=at_least(0, 256), help="processes that read images; without it 4 on a GPU, else 0"
     )
 
 

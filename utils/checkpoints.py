@@ -4,10 +4,11 @@ A loop file holds the four modules (state dicts, None where switched off), `loop
 `base`, `metrics`, `calibration` (of `utils.calibration`, None where it could not be fitted) and `environment`.
 """
 
+import io
 import platform
 import re
 import subprocess
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -15,10 +16,13 @@ from textwrap import shorten
 import torch
 from torch import Tensor
 
+from dataset.files import replacing
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP
-from model.backbone import REPOSITORY, Backbone
+from model.backbone import Backbone
+from model.weights import REPOSITORY, check_weights, read_saved
 from utils.calibration import Calibration
-from utils.files import file_sha256, replacing
+from utils.files import file_sha256
+from utils.schema import HalfOfBase, LoopFile, expect
 
 TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
 
@@ -70,8 +74,11 @@ class Checkpoint:
 
 def save(content: dict, path: Path) -> None:
     """Write `content` so that a crash leaves the old file or the new one, never half of one."""
+    # In memory first: PyTorch's own errors of writing do not say that a disk is full.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 def read(path: Path) -> dict:
@@ -79,9 +86,9 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint. (train.py trains a base; ckpt/demo/base is one.)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_saved(path)
     except Exception as error:  # unpickling damaged bytes may raise anything
-        reason = shorten(str(error), 100) or type(error).__name__
+        reason = shorten(str(error), 200) or type(error).__name__
         raise ValueError(f"{path}: no checkpoint, or a truncated one ({reason}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
@@ -109,43 +116,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: 'config' is missing, so this file was not written by this program. Files of other attempts "
             "at cross-attention hold other arithmetic and cannot be used; train from their base model instead."
         )
-    expect(content, path, config=dict, loop=int, base=dict, environment=dict)
-    config = content["config"]
-    expect(config, path, model=dict, training=dict)
-    expect(content["base"], path, sha256=dict, datasets=list)
-    modules = {name: content[name] for name in MODULES}
+    expect(LoopFile, content, path)
+    config, modules = content["config"], {name: content[name] for name in MODULES}
     for name, state in modules.items():
-        if state is not None or name.endswith("adapter"):
-            _expect_tensors(state, name, path)
+        check_weights(state or {}, f"{path}: '{name}'")
     clip_sha256 = content["environment"].get("clip_sha256")
-    fitted = _calibration(content, path)
+    fitted = _calibration(content)
     model, training = config["model"], config["training"]
     return Checkpoint(path, content["loop"], modules, content["base"], model, training, clip_sha256, fitted, True)
 
 
-def _calibration(content: dict, path: Path) -> Calibration | None:
+def _calibration(content: dict) -> Calibration | None:
     """The calibration in a file; None where it has none, as files of AA-CLIP and of older runs."""
     found = content.get("calibration")
-    if found is None:
-        return None
-    expect(content, path, calibration=dict)
-    names = [field.name for field in fields(Calibration)]
-    if sorted(found) != sorted(names):
-        raise ValueError(f"{path}: 'calibration' holds {', '.join(found)}; expected {', '.join(names)}.")
-    return Calibration(**found)
-
-
-def expect(content: dict, path: Path, **kinds: type) -> None:
-    """Raise ValueError for the first key that is missing or of another kind."""
-    for key, kind in kinds.items():
-        if not isinstance(content.get(key), kind):
-            found = f"holds {type(content[key]).__name__}" if key in content else "is missing"
-            raise ValueError(f"{path}: '{key}' {found}; expected {kind.__name__}.")
-
-
-def _expect_tensors(state: object, name: str, path: Path) -> None:
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: '{name}' holds no state dict; expected a dict of tensors.")
+    return None if found is None else Calibration(**found)
 
 
 def _load_base(folder: Path) -> Checkpoint:
@@ -161,8 +145,10 @@ def _load_base(folder: Path) -> Checkpoint:
             )
     text, image = read(text_path), read(image_path)
     for content, name, path in ((text, "text_adapter", text_path), (image, "image_adapter", image_path)):
-        expect(content, path, epoch=int)
-        _expect_tensors(content.get(name), name, path)
+        expect(HalfOfBase, content, path)
+        if not isinstance(content.get(name), dict):
+            raise ValueError(f"{path}: '{name}' is missing, the state dict of AA-CLIP's adapters.")
+        check_weights(content[name], f"{path}: '{name}'")
         if content["epoch"] < 1:
             raise ValueError(
                 f"{path}: epoch is {content['epoch']}: this base was never trained. Train it with train.py."
@@ -180,7 +166,7 @@ def _load_base(folder: Path) -> Checkpoint:
         "training": training,
     }
     clip_sha256 = text.get("environment", {}).get("clip_sha256")
-    fitted = _calibration(image, image_path)
+    fitted = _calibration(image)
     return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256, fitted)
 
 
@@ -235,12 +221,14 @@ def adapter_kind(checkpoint: Checkpoint) -> dict:
         "image_adapter": r"layer_adapters\.\d+\.fc\.[02]\.weight|(seg_proj\.\d+|det_proj)\.fc\.(0\.)?weight",
     }
     for name, pattern in patterns.items():
-        for key in checkpoint.modules[name] or {}:
+        for key, value in (checkpoint.modules[name] or {}).items():
             if not re.fullmatch(pattern, key):
                 raise ValueError(
                     f"{checkpoint.path}: '{name}' holds '{key}', an adapter of an unknown kind. Known are AA-CLIP's "
                     "(fc.0: Linear, LeakyReLU) and the bottleneck (fc.0 and fc.2), both without bias."
                 )
+            if value.ndim != 2:
+                raise ValueError(f"{checkpoint.path}: '{key}' has the shape {list(value.shape)}; expected a matrix.")
     numbers = {int(key.split(".")[0]) for key in text}
     layers = {int(key.split(".")[1]) for key in image if key.startswith("layer_adapters.")}
     if "0.fc.0.weight" not in text or not layers:

@@ -2,13 +2,13 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
 import torch
 
-from dataset.loading import loader_message
-from utils.errors import TrainingError, TrainingStoppedError
+from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, message_of
 from utils.logs import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+        sys.stdout.flush()
     except TrainingStoppedError as error:
         logger.warning("%s", error)
         code = 1
@@ -33,12 +34,20 @@ def run_script(main: Callable[[], int | None]) -> None:
         logger.error("error: %s", error)
         logger.debug("Where it happened:", exc_info=True)
         code = 1
+    except BrokenPipeError:  # who reads the output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (ValueError, OSError) as error:
-        logger.error("error: %s", loader_message(error))
+        logger.error("error: %s", message_of(error))
         logger.debug("Where it happened:", exc_info=True)
         code = 2
     except torch.OutOfMemoryError as error:  # outside training, which says more of its own
         logger.error("error: out of memory. Try a smaller --batch_size, or --precision bf16. (%s)", error)
+        code = 1
+    except RuntimeError as error:
+        if not str(error).startswith(LOST_WORKER):
+            raise
+        logger.error("error: %s", message_of(error))
         code = 1
     except KeyboardInterrupt:
         logger.error("Stopped.")

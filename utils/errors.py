@@ -1,4 +1,12 @@
-"""How a training ends before it is done."""
+"""How a training ends before it is done, and what is said of an error."""
+
+import errno
+
+from dataset.loading import loader_message
+
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# How PyTorch begins where a process that reads images is gone.
+LOST_WORKER = "DataLoader worker"
 
 
 class TrainingError(RuntimeError):
@@ -7,3 +15,15 @@ class TrainingError(RuntimeError):
 
 class TrainingStoppedError(TrainingError):
     """Training was stopped by a signal; its state is saved."""
+
+
+def message_of(error: Exception) -> str:
+    """What an error of reading or writing says to a user."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"The disk is full: {error.filename} could not be written. Make room, and start again."
+    if str(error).startswith(LOST_WORKER):
+        return (
+            "A process that reads images was killed, perhaps for its memory: try a smaller --num_workers. "
+            f"({str(error).splitlines()[0]})"
+        )
+    return loader_message(error)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.backbone import REPOSITORY
+from model.weights import REPOSITORY
 
 
 class _TqdmHandler(logging.Handler):

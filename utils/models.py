@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
-from model.backbone import DEFAULT_MODEL, Backbone, check_state, clip_config, default_adapters, load_backbone
+from model.backbone import DEFAULT_MODEL, Backbone, clip_config, default_adapters, load_backbone
+from model.weights import check_state
 from utils.checkpoints import Checkpoint, adapter_kind
 from utils.options import completed
+from utils.schema import ModelRecord, expect
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ def resolve_config(
     config = ModelConfig(**{**default_adapters(clip), **chosen, "img_size": clip["vision_cfg"]["image_size"]})
     silent = ("model_name", "img_size", "quick_gelu", "text_adapt_weight", "image_adapt_weight")
     assumed = [f"--{name} {getattr(config, name)}" for name in silent if name not in known]
+    if checkpoint is not None:
+        expect(ModelRecord, asdict(config), checkpoint.path)
     if checkpoint is not None and assumed:
         logger.info("%s names no backbone. Assumed: %s", checkpoint.path, " ".join(assumed))
     return config
@@ -46,6 +51,9 @@ def known_of(checkpoint: Checkpoint) -> dict[str, Any]:
     kind, recorded = adapter_kind(checkpoint), checkpoint.model
     if recorded is None:
         return kind
+    for name, found in kind.items():
+        if recorded[name] != found:
+            raise ValueError(f"{checkpoint.path}: config says {name} {recorded[name]}, its tensors have {found}.")
     if checkpoint.is_loop_file:
         return completed(ModelConfig, recorded)
     return {field.name: recorded[field.name] for field in model_fields(extension=False) if field.name in recorded}
@@ -58,28 +66,28 @@ def build_model(
 
     PyTorch's own generator stays as it is.
     """
+    if checkpoint is not None:
+        check_clip(checkpoint.clip_sha256, backbone, f"{checkpoint.path}: trained on other CLIP weights, SHA-256")
+        with torch.device("meta"):  # before memory is taken for what a file merely claims
+            check_modules(CrossAttentionCLIP(backbone, config), checkpoint.modules, checkpoint.path)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = CrossAttentionCLIP(backbone, config)
-    if checkpoint is not None:
-        check_clip(checkpoint.clip_sha256, backbone, f"{checkpoint.path}: trained on other CLIP weights, SHA-256")
-        load_modules(model, checkpoint)
+    for name, state in checkpoint.modules.items() if checkpoint is not None else ():
+        if state is not None:  # a module that the checkpoint lacks stays as it is
+            getattr(model, name).load_state_dict(state)
     return model.to(device)
 
 
-def load_modules(model: CrossAttentionCLIP, checkpoint: Checkpoint) -> None:
-    """Load what the checkpoint has into `model`; a module that it lacks stays as it is.
-
-    Raises ValueError that names a key which is missing, unknown or of another shape.
-    """
-    for name, state in checkpoint.modules.items():
+def check_modules(model: CrossAttentionCLIP, modules: Mapping[str, dict[str, Tensor] | None], path: Path) -> None:
+    """Raise ValueError for the first key of a file's modules that is missing, unknown or of another shape."""
+    for name, state in modules.items():
         module: nn.Module | None = getattr(model, name)
         if state is None:
             continue
         if module is None:
-            raise ValueError(f"{checkpoint.path}: holds '{name}', which is switched off.")
-        check_state(module.state_dict(), state, f"{checkpoint.path}: '{name}'")
-        module.load_state_dict(state)
+            raise ValueError(f"{path}: holds '{name}', which is switched off.")
+        check_state(module.state_dict(), state, f"{path}: '{name}'")
 
 
 def check_clip(recorded: str | None, backbone: Backbone, what: str) -> None:

@@ -4,6 +4,7 @@ What a flag is stands in its field: the annotation tells its type, `metadata` th
 
     help       what it means and its unit
     least      the smallest number that is allowed
+    most       the largest one
     positive   True for a number over 0
     choices    the values that are allowed
     parse      text -> value, where none of these will do
@@ -18,20 +19,27 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
+from textwrap import shorten
 from types import NoneType
 from typing import Any
 
+# The largest number where a flag names no other: what PyTorch's own code holds as a C int.
+MOST = 2**31 - 1
+# The largest seed that NumPy and PyTorch both take.
+MOST_SEED = 2**63 - 1
 # The keys of such a description.
-DESCRIBED = {"help", "least", "positive", "choices", "parse", "flag", "without", "group", "added"}
+DESCRIBED = {"help", "least", "most", "positive", "choices", "parse", "flag", "without", "group", "added"}
 
 
-def at_least(least: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """Parser of a number of that kind of at least `least`."""
+def at_least(least: float, most: float = MOST, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """Parser of a number of that kind from `least` to `most`."""
 
     def number(text: str) -> Any:
         value = kind(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{shorten(str(value), 30)}: expected at most {most}")
         return value
 
     return number
@@ -56,7 +64,9 @@ def positive(text: str) -> float:
 def _parser_of(kind: Callable[[str], Any], about: Mapping[str, Any]) -> Callable[[str], Any]:
     if kind is float:
         kind = positive if about.get("positive") else finite
-    return at_least(about["least"], kind) if "least" in about else kind
+    if about.keys() & {"least", "most"}:
+        return at_least(about.get("least", -math.inf), about.get("most", MOST), kind)
+    return kind
 
 
 def _list_of_one(parse: Callable[[str], Any]) -> Callable[[str], list]:

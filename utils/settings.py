@@ -8,7 +8,7 @@ from typing import Any
 from dataset.transforms import AUGMENTATIONS
 from forward_utils_cross_attention import FEEDBACK
 from utils.arguments import CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION
-from utils.options import add_fields, at_least, flag_fields
+from utils.options import MOST_SEED, add_fields, at_least, flag_fields
 
 # Titles, in --help, of the flags that a base model's training does not have, and of those that each script has anyway.
 LOOPS, MACHINE = "feedback loop", PRECISION["group"]
@@ -72,13 +72,13 @@ class Settings:
         choices=AUGMENTATIONS,
         added=True,
     )
-    seed: int = _flag("of new weights, sample order, augmentation and draws", 111, least=0)
+    seed: int = _flag("of new weights, sample order, augmentation and draws", 111, least=0, most=MOST_SEED)
     text_epoch: list[int] = _flag(
         "epochs of Stage 1, where there are loops one for each; the last repeats", [5, 3, 2], least=1
     )
     image_epoch: list[int] = _flag("epochs of Stage 2, likewise", [20, 10, 5], least=1)
-    text_batch_size: int = _flag("images per step of Stage 1", 16, least=1)
-    image_batch_size: int = _flag("images per step of Stage 2", 2, least=1)
+    text_batch_size: int = _flag("images per step of Stage 1", 16, least=1, most=65_536)
+    image_batch_size: int = _flag("images per step of Stage 2", 2, least=1, most=65_536)
     text_lr: float = _flag("learning rate of Stage 1", 1e-5, positive=True)
     image_lr: float = _flag("learning rate of Stage 2, halved at steps 16000 and 32000", 5e-4, positive=True)
     text_cross_attn_lr: float | None = _flag(
@@ -87,7 +87,7 @@ class Settings:
     image_cross_attn_lr: float | None = _flag(
         "learning rate of image cross-attention; without it Stage 2's", None, LOOPS, positive=True
     )
-    lr_decay: float = _flag("loop k has its learning rates x this^(k-1)", 0.5, LOOPS, positive=True)
+    lr_decay: float = _flag("loop k has its learning rates x this^(k-1)", 0.5, LOOPS, positive=True, most=2)
     lr_schedule: str = _flag(
         "steps: these halvings, as published; cosine: to zero at the end of each stage",
         "steps",

@@ -5,14 +5,19 @@ from types import FrameType
 
 from utils.errors import TrainingStoppedError
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+# A terminal that closes, which nohup has a job ignore; Windows has no such signal.
+SIGNALS = [*STOPS, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the job ends at its next check; a second one stops it at once."""
+    """Notes SIGINT, SIGTERM and SIGHUP, so that the job ends at its next check; a second one stops it at once."""
 
     received: str | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        ignored = [number for number in SIGNALS if number not in STOPS and signal.getsignal(number) == signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS if number not in ignored}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

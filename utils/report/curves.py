@@ -1,6 +1,6 @@
 """Curves: metrics over the loops of runs, and the course of a training."""
 
-import csv
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from utils.files import read_csv
 from utils.report.plots import save_figure
 from utils.testing.comparison import Comparison
 from utils.testing.metrics import COLUMNS
 from utils.testing.results import AVERAGE, Row
+
+logger = logging.getLogger(__name__)
 
 
 def loops_of_runs(comparison: Comparison) -> dict[str, dict[int, tuple[Row, Row | None]]]:
@@ -67,12 +70,22 @@ def draw_metrics_over_loops(runs: dict[str, dict[int, tuple[Row, Row | None]]], 
 def draw_training(log: Path, path: Path) -> bool:
     """What log.csv has of each epoch, stage by stage: loss terms, anchor separation, gradients, added terms.
 
-    Returns False, drawing nothing, where no epoch is finished.
+    Returns False, drawing nothing, where no epoch is finished, and, with a warning, where the file is damaged.
     """
-    with open(log, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] in ("epoch", "held_out")]
-    if not rows:
+    try:
+        rows = [
+            row for row in read_csv(log, ("kind", "loop", "stage", "epoch")) if row["kind"] in ("epoch", "held_out")
+        ]
+        if rows:
+            save_figure(_training_figure(rows, log.parent.name), path)
+    except ValueError as error:
+        logger.warning("No curves of the training: %s is damaged (%s).", log, error)
         return False
+    return bool(rows)
+
+
+def _training_figure(rows: list[dict[str, str]], run: str) -> Figure:
+    """Curves of the rows of epochs. Raises ValueError for a cell that is no number."""
     subjects = {
         "loss": ("loss",),
         "loss terms": ("focal_", "dice_", "orthogonal", "classification"),
@@ -88,9 +101,8 @@ def draw_training(log: Path, path: Path) -> bool:
         for axis, (subject, starts) in zip(line, subjects.items(), strict=True):
             _draw_columns(axis, stage, [name for name in rows[0] if name.startswith(starts)])
             axis.set_title(f"Stage {number}: {subject}", fontsize=8)
-    figure.suptitle(f"{log.parent.name}: means over epochs (dashed: held out; grey: a new loop begins)", fontsize=9)
-    save_figure(figure, path)
-    return True
+    figure.suptitle(f"{run}: means over epochs (dashed: held out; grey: a new loop begins)", fontsize=9)
+    return figure
 
 
 def _draw_columns(axis: Axes, rows: list[dict[str, str]], names: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from utils.files import write_text
+from dataset.files import write_text
 from utils.report.curves import draw_training
 from utils.report.tables import block_title, notes, percent
 from utils.testing.bootstrap import CONFIDENCE

@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
+from dataset.files import replacing
+
 PANEL_INCHES = 1.7
 OUTLINE = "cyan"
 MAP_COLOURS, DIFFERENCE_COLOURS, ATTENTION_COLOURS = "inferno", "RdBu_r", "viridis"
@@ -129,7 +131,8 @@ def _wrapped(name: str, width: int = 24) -> str:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to a file; its folder is made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _finish(

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dataset.constants import DATA_SETS
+from dataset.files import write_text
 from dataset.sets import DataSet, count_images
-from utils.files import write_csv, write_text
+from utils.files import write_csv
 from utils.testing.bootstrap import CONFIDENCE, MIN_IMAGES, enough
 from utils.testing.comparison import Comparison
 from utils.testing.metrics import COLUMNS, METRICS, Sample

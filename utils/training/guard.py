@@ -7,8 +7,7 @@ from textwrap import shorten
 
 import torch
 
-from dataset.loading import loader_message
-from utils.errors import TrainingError
+from utils.errors import LOST_WORKER, TrainingError, message_of
 from utils.signals import StopSignal
 
 # How PyTorch's CPU allocator puts it, on every system.
@@ -25,10 +24,12 @@ def guarded(folder: Path, doing: Callable[[], str]) -> Iterator[StopSignal]:
         try:
             yield stop
         except (ValueError, OSError) as error:  # of reading images and writing files
-            raise TrainingError(f"{loader_message(error)} The last state is in {folder}.") from error
+            raise TrainingError(f"{message_of(error)} The last state is whole, in {folder}.") from error
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise TrainingError(_out_of_memory(doing(), folder, error)) from error
         except RuntimeError as error:
+            if str(error).startswith(LOST_WORKER):
+                raise TrainingError(f"{message_of(error)} The last state is whole, in {folder}.") from error
             if OUT_OF_MEMORY not in str(error):
                 raise
             raise TrainingError(_out_of_memory(doing(), folder, error)) from error

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from dataset.files import naming
 from model.adapter_cross_attention import MODULES, STAGES
-from utils.files import write_csv
+from utils.files import read_csv, write_csv
 from utils.training.measures import Means
 from utils.training.plan import Plan, Position, Stage, stage_title
 
@@ -53,17 +55,24 @@ class CsvLog:
     def open(self, keep: Callable[[dict[str, str]], bool]) -> None:
         """Start the file, or go on with one, keeping the rows that `keep` accepts."""
         rows: list[dict[str, str]] = []
-        if self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values() and keep(row)]
+        if self.path.exists():
+            try:
+                rows = [row for row in read_csv(self.path, self.columns[:5]) if keep(row)]
+            except (ValueError, OSError) as error:
+                aside = self.path.with_name(f"{self.path.stem}_damaged_{uuid4().hex[:6]}{self.path.suffix}")
+                self.path.rename(aside)
+                logger.warning("%s: damaged (%s); set aside as %s, and begun anew.", self.path, error, aside.name)
         write_csv(self.path, rows, self.columns)
 
     def write(self, row: dict) -> None:
         """Append a row; columns that it lacks stay empty."""
         self.waiting.append(row)
         try:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerows(self.waiting)
+            with naming(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns)
+                if not file.tell():  # removed, or emptied, meanwhile
+                    writer.writeheader()
+                writer.writerows(self.waiting)
         except PermissionError as error:
             logger.warning("%s cannot be written, its rows wait: %s", self.path, error)
         else:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.settings import Settings
 from utils.training.plan import Stage
@@ -19,8 +19,21 @@ def make_optimizer(modules: Mapping[str, nn.Module], stage: Stage, earlier: dict
     groups = [{"params": list(module.parameters())} for module in modules.values()]
     optimizer = torch.optim.Adam(groups, lr=stage.lr, betas=ADAM_BETAS)
     if earlier is not None:
-        optimizer.load_state_dict(earlier)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": _fitting(earlier["state"], groups)})
     return optimizer
+
+
+def _fitting(state: dict[int, dict[str, Tensor]], groups: list[dict]) -> dict[int, dict[str, Tensor]]:
+    """Adam's state, where it is one of these parameters. Raises ValueError where it is not."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fits = not state or state.keys() == set(range(len(parameters)))
+    for index, moments in state.items() if fits else ():
+        shape, dtype = parameters[index].shape, parameters[index].dtype
+        fits &= moments["step"].numel() == 1
+        fits &= all(moments[name].shape == shape and moments[name].dtype == dtype for name in ("exp_avg", "exp_avg_sq"))
+    if not fits:
+        raise ValueError("the state of the optimiser is not of these modules. Choose another --save_path.")
+    return state
 
 
 def set_learning_rates(

@@ -1,5 +1,6 @@
 """What a run will do: the stages that follow from its settings, and the plan in words."""
 
+import math
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,14 +85,17 @@ def plan_stages(settings: Settings, loops: range) -> list[Stage]:
             epochs = getattr(settings, f"{name}_epoch")
             lr = getattr(settings, f"{name}_lr")
             cross_attn_lr = getattr(settings, f"{name}_cross_attn_lr")
+            rates = [rate * decay for rate in (lr, lr if cross_attn_lr is None else cross_attn_lr)]
+            if not all(map(math.isfinite, rates)):
+                raise ValueError(f"--lr_decay {settings.lr_decay}: the learning rate of loop {loop} is not finite.")
             stages.append(
                 Stage(
                     loop=loop,
                     name=name,
                     epochs=epochs[min(loop, len(epochs)) - 1],
                     batch_size=getattr(settings, f"{name}_batch_size"),
-                    lr=lr * decay,
-                    cross_attn_lr=(lr if cross_attn_lr is None else cross_attn_lr) * decay,
+                    lr=rates[0],
+                    cross_attn_lr=rates[1],
                     features=stage_features(settings, loop) if name == "text" else None,
                 )
             )

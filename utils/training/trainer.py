@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.files import write_text
 from dataset.loading import Batch, SeededSampler, make_loader
 from dataset.records import write_records
 from dataset.transforms import Transform
@@ -18,12 +19,12 @@ from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP
 from utils import checkpoints
 from utils.errors import TrainingError, TrainingStoppedError
-from utils.files import write_text
 from utils.judging import Detector
 from utils.logs import log_to_file, progress
 from utils.signals import StopSignal
 from utils.training.calibrate import calibrate
 from utils.training.data import TrainingData
+from utils.training.folder import check_unchanged, locked
 from utils.training.guard import guarded
 from utils.training.log import TrainingLog
 from utils.training.measures import Means, added_terms, gradient_norms, to_floats, update_norms
@@ -64,16 +65,16 @@ class Trainer:
     # state
 
     def open_folder(self) -> None:
-        """Make the run's folder and log to it. A new run is named there before all else by its state."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Log to the run's folder. A new run is named there before all else by its state."""
         if self._state is None:
             self.save()
         log_to_file(self.folder / "train.log")
-        if self._state is None and self.settings.shot is not None:
-            write_records(self.folder / shot_file(self.settings), self.data.train + self.data.held_out)
-        if self._state is None and self.settings.val_classes:
+        drawn, classes = self.folder / shot_file(self.settings), self.folder / VAL_CLASSES_FILE
+        if self.settings.shot is not None and not drawn.is_file():
+            write_records(drawn, self.data.train + self.data.held_out)
+        if self.settings.val_classes and not classes.is_file():
             held_out = dict.fromkeys(record.class_name for record in self.data.held_out)
-            write_text(self.folder / VAL_CLASSES_FILE, "\n".join([*held_out, ""]))
+            write_text(classes, "\n".join([*held_out, ""]))
 
     def save(self) -> None:
         """Write all that exact continuation needs."""
@@ -106,10 +107,15 @@ class Trainer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The run's folder is open, signals end the running step, what fails is a TrainingError; see `guarded`."""
-        self.open_folder()
-        with guarded(self.folder, self._tried) as self.stop:
-            yield
+        """The run's folder is open and its own; signals end the running step, what fails is a TrainingError.
+
+        Raises ValueError where another process trains there.
+        """
+        with locked(self.folder):
+            check_unchanged(self.plan, self._state)
+            self.open_folder()
+            with guarded(self.folder, self._tried) as self.stop:
+                yield
 
     def stages(self) -> Iterator[Stage]:
         """Train what is left, stage by stage; each is handed out when it is trained, before that is saved as done."""
@@ -185,10 +191,12 @@ class Trainer:
         loss.backward()
         values = to_floats({"loss": loss.detach(), **terms, **added, **gradient_norms(modules)})
         values["emptied_masks"] = int(batch["emptied"].sum())
-        self._check_finite(values, batch)
+        self._check_finite(values, batch, "no step was made")
         with update_norms(modules) as updates:
             optimizer.step()
-        return values | to_floats(updates)
+        moved = to_floats(updates)
+        self._check_finite(moved, batch, "the step that made it so is not saved")
+        return values | moved
 
     def losses(self, stage: Stage, batch: Batch, text: ClassText) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the stage on a batch, and its terms without gradient."""
@@ -239,12 +247,12 @@ class Trainer:
     def _transform(self, stage: str | None) -> Transform:
         return Transform(self.model.backbone.img_size, stage, self.settings.augment)
 
-    def _check_finite(self, values: dict[str, float], batch: Batch) -> None:
+    def _check_finite(self, values: dict[str, float], batch: Batch, therefore: str) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
                 files = "\n  ".join(batch["path"])
                 raise TrainingError(
-                    f"{name} is {value} at {self.position}; no step was made. The batch:\n  {files}\n"
+                    f"{name} is {value} at {self.position}; {therefore}. The batch:\n  {files}\n"
                     f"The last good state is in {self.folder}. Look at these files, or lower the learning rate."
                 )
 

@@ -1,0 +1,170 @@
+"""Weight files of CLIP: found, read without running anything in them, and checked before a tensor is used."""
+
+import hashlib
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from textwrap import shorten
+from types import NoneType
+
+import open_clip
+import torch
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME
+from torch import Tensor, nn
+
+from model.pickles import Archive, scripted_tensors
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
+# Entries of OpenAI's state dicts that are no weights.
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+# The kinds of numbers that weights are.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Values in a file, containers and tensors together; the state of a ViT-L/14 run has 500.
+MOST_VALUES = 1_000_000
+
+
+def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Path:
+    """The weight file of `model_name`: `clip_weights`, else a known name in `WEIGHT_FOLDERS`, else a download.
+
+    open_clip downloads. Raises FileNotFoundError that lists what was tried.
+    """
+    if clip_weights is not None:
+        if not Path(clip_weights).is_file():
+            raise FileNotFoundError(f"--clip_weights {clip_weights}: no such file.")
+        return Path(clip_weights)
+    names = [f"{stem}{suffix}" for stem in (model_name, f"{model_name}px") for suffix in WEIGHT_SUFFIXES]
+    folders = list(dict.fromkeys(root / folder for root in (REPOSITORY, Path.cwd()) for folder in WEIGHT_FOLDERS))
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    source = open_clip.get_pretrained_cfg(model_name, "openai")
+    addresses = _addresses(source)
+    reason = "open_clip lists no OpenAI weights for it"
+    if addresses:
+        logger.info("No weights of %s in %s; trying to download them.", model_name, ", ".join(WEIGHT_FOLDERS))
+        try:
+            return Path(open_clip.download_pretrained(source))
+        except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
+            reason = f"download failed: {shorten(str(error), 160)} ({type(error).__name__})"
+    known = " or ".join(f"{address} (as {model_name}{Path(address).suffix})" for address in addresses)
+    raise FileNotFoundError(
+        f"No weights for {model_name}.\n"
+        f"  tried: {', '.join(names)}\n"
+        f"  in:    {', '.join(str(folder) for folder in folders)}\n"
+        f"  and:   {reason}\n"
+        f"Download {known or 'a checkpoint of this model (as one of these names)'} into {folders[0]}, "
+        "or give the file with --clip_weights FILE."
+    )
+
+
+def _addresses(source: dict) -> list[str]:
+    """Where the file of an entry of open_clip's pretrained list is: its own address, Hugging Face, both or neither.
+
+    Which of the two an entry has differs between versions of open_clip. `hf_hub` is "owner/name/" or, with a file,
+    "owner/name/file".
+    """
+    addresses = [source["url"]] if source.get("url") else []
+    if source.get("hf_hub"):
+        repository, _, name = source["hf_hub"].rpartition("/")
+        addresses.append(f"https://huggingface.co/{repository}/resolve/main/{name or HF_SAFE_WEIGHTS_NAME}")
+    return addresses
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """State dict of a TorchScript archive (OpenAI's), a .pt/.pth/.bin state dict or a .safetensors file.
+
+    Raises ValueError where the file is none of these, is damaged, or holds anything but weights.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: object = load_file(path)
+        else:
+            content = read_saved(path)
+    except Exception as error:  # of unpickling, zip files and safetensors, which share no base class
+        raise ValueError(f"{path}: not readable as CLIP weights ({shorten(str(error), 240)}).") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a state dict of tensors, found {type(content).__name__}.")
+    state = {str(name).removeprefix("module."): value for name, value in content.items() if name not in NOT_WEIGHTS}
+    check_weights(state, str(path))
+    return state
+
+
+def read_saved(path: Path) -> object:
+    """What `torch.save` wrote, or the state dict of a TorchScript archive, on the CPU; nothing in the file is run.
+
+    Plain containers, numbers, texts and dense tensors that take no more memory than the file. Raises ValueError, or
+    what zip files, unpickling and PyTorch raise for damaged ones.
+    """
+    with Archive(path) as archive:
+        if archive.is_scripted:
+            content: object = scripted_tensors(archive)
+        else:
+            archive.check_pickle()
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    _check_plain(content, path.stat().st_size)
+    return content
+
+
+def _check_plain(content: object, most_bytes: int) -> None:
+    """Raise ValueError for anything but plain types and dense tensors, and where these take more than `most_bytes`."""
+    waiting, values, used = [content], 0, 0
+    while waiting:
+        value = waiting.pop()
+        values += 1
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
+                raise ValueError(f"a tensor of another kind: {type(value).__name__}, {value.layout}, {value.device}")
+            used += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif not isinstance(value, (str, int, float, NoneType)):
+            raise ValueError(f"it holds {type(value).__name__}; expected plain types and tensors")
+        if values + len(waiting) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
+    if used > most_bytes:
+        raise ValueError(f"a file of {most_bytes:,} bytes with tensors of {used:,}")
+
+
+def check_weights(state: dict, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for the first entry that is no tensor of floating-point numbers."""
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{where}: expected a state dict of tensors; '{name}' is {type(value).__name__}.")
+        if value.dtype not in FLOATS:
+            raise ValueError(f"{where}: '{name}' holds {value.dtype}; expected floating-point numbers.")
+
+
+def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: str, but: Collection[str] = ()) -> None:
+    """Raise ValueError, beginning with `where`, for the first key that is missing, unknown or of another shape.
+
+    Of those in `but` the shape may be any.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{where} lacks '{name}', shape {list(expected[name].shape)}.")
+        if name not in expected:
+            raise ValueError(f"{where} holds '{name}', which the model does not have.")
+        if expected[name].shape != found[name].shape and name not in but:
+            shapes = f"shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
+            raise ValueError(f"{where} holds '{name}' of another size: {shapes}.")
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """SHA-256 over the float32 tensors sorted by name, so that one set of weights agrees in every file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
