@@ -19,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.commands import show
 from dataset.constants import BLUR
+from dataset.files import replacing
 from dataset.images import read_image
 from dataset.layouts import IMAGE_SUFFIXES, known_good
 from utils import arguments
 from utils.cli import run_script
-from utils.files import safe_name, write_csv
+from utils.files import unused_name, write_csv
 from utils.judging import (
     Detector,
     calibrated_extremes,
@@ -45,6 +47,11 @@ logger = logging.getLogger("predict")
 
 # Longer side of the image in pictures, px.
 PICTURE_SIZE = 600
+TABLE = "predictions.csv"
+COLUMNS = (
+    *("image", "model", "single_score", "decision", "probability"),
+    *("detection_score", "highest_map_value", "lowest_map_value", "map"),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,21 +83,36 @@ def find_images(given: list[str]) -> dict[Path, str]:
         for file in dict.fromkeys(files):
             if file not in found:
                 parts = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").parts
-                found[file] = _unused(safe_name("_".join(parts)), taken)
+                found[file] = unused_name("_".join(parts), taken)
     return found
 
 
-def _unused(stem: str, taken: set[str]) -> str:
-    """A name that no other image has, not even in other letters of case; it is added to `taken`."""
-    name, number = stem, 1
-    while name.casefold() in taken:
-        number += 1
-        name = f"{stem}__{number}"
-    taken.add(name.casefold())
-    return name
+def map_files(images: dict[Path, str], models: list[str]) -> dict[tuple[str, str], str]:
+    """{(name of an image's results, model): file of the map}, no two of which are one file on any system."""
+    taken: set[str] = set()
+    return {
+        (stem, model): f"{unused_name(f'{stem}_{model}', taken)}.npy" for stem in images.values() for model in models
+    }
 
 
-def judge_all(detectors: list[Detector], images: dict[Path, str], folder: Path) -> tuple[list[dict], dict[Path, str]]:
+def check_folder(folder: Path, files: list[str], images: dict[Path, str]) -> None:
+    """Raise ValueError where one of `files` would take the place of an image, or of anything but earlier results."""
+    table, own = folder / TABLE, False
+    if table.is_file():
+        with open(table, encoding="utf-8", errors="replace") as lines:
+            own = lines.readline().strip() == ",".join(COLUMNS)
+    inputs = {(status.st_dev, status.st_ino) for status in (path.stat() for path in images)}
+    for path in (folder / name for name in [TABLE, *files]):
+        if path.exists() and (not own or (path.stat().st_dev, path.stat().st_ino) in inputs):
+            raise ValueError(
+                f"--save_path {folder}: {path.name} is there already, and is no result of predict.py that may be "
+                "replaced. Choose another folder, a new one for instance."
+            )
+
+
+def judge_all(
+    detectors: list[Detector], images: dict[Path, str], maps: dict[tuple[str, str], str], folder: Path
+) -> tuple[list[dict], dict[Path, str]]:
     """Rows of predictions.csv, and {image: what is wrong with it}; the maps are written as they come."""
     rows, failed = [], {}
     for path, stem in progress(images.items(), desc="images", unit="image"):
@@ -102,13 +124,13 @@ def judge_all(detectors: list[Detector], images: dict[Path, str], folder: Path) 
             logger.error("error: %s", error)
             continue
         for detector, verdict in zip(detectors, verdicts, strict=True):
-            file = folder / f"{stem}_{safe_name(detector.name)}.npy"
-            np.save(file, verdict.map)
+            name = maps[stem, detector.name]
+            with replacing(folder / name) as file:
+                np.save(file, verdict.map)
             decision = None if verdict.anomalous is None else decision_word(verdict.anomalous)
-            row = {"image": str(path), "model": detector.name, "single_score": verdict.single_score}
-            row |= {"decision": decision, "probability": verdict.probability}
-            row |= {"detection_score": verdict.detection_score, "highest_map_value": verdict.highest}
-            rows.append(row | {"lowest_map_value": verdict.map.min(), "map": file.name})
+            values = [str(path), detector.name, verdict.single_score, decision, verdict.probability]
+            values += [verdict.detection_score, verdict.highest, verdict.map.min(), name]
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows, failed
 
 
@@ -154,11 +176,14 @@ def main() -> int:
             "No decisions from %s: a file without a calibration; loop files have one, loop_0.pth for the base.",
             ", ".join(silent),
         )
+    maps = map_files(images, [detector.name for detector in detectors])
+    check_folder(args.save_path, [*(f"{stem}.png" for stem in images.values()), *maps.values()], images)
     args.save_path.mkdir(parents=True, exist_ok=True)
-    rows, failed = judge_all(detectors, images, args.save_path)
+    write_csv(args.save_path / TABLE, [], COLUMNS)  # which tells from now on whose folder it is
+    rows, failed = judge_all(detectors, images, maps, args.save_path)
     if rows:
-        write_csv(args.save_path / "predictions.csv", rows)
-        print(table(rows))
+        write_csv(args.save_path / TABLE, rows)
+        show(table(rows))
         seen = min(row["lowest_map_value"] for row in rows), max(row["highest_map_value"] for row in rows)
         extremes, scaled_by = calibrated_extremes(detectors, seen, "all images of this call")
         judged = [(path, stem) for path, stem in images.items() if path not in failed]

@@ -12,6 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from dataset.commands import show
 from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
@@ -86,11 +87,11 @@ def parse_arguments() -> argparse.Namespace:
 def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
     """The data sets of --dataset; where one image is asked for, --class_name may be one of its classes."""
     for name in args.dataset:
-        prepare(name, args.data_root)
-    named = {"domain": args.domain, "class_name": args.class_name}
+        prepare(name, args.data_root, args.follow_links)
+    named = {"domain": args.domain, "class_name": args.class_name, "follow_links": args.follow_links}
     if args.class_name is None or (args.image_idx is None and not args.list_images):
         return open_all(args.dataset, args.data_root, **named)
-    data_sets = open_all(args.dataset, args.data_root, domain=args.domain)
+    data_sets = open_all(args.dataset, args.data_root, **named | {"class_name": None})
     for number, data in enumerate(data_sets):
         if args.class_name not in data.descriptions:
             if len(data.descriptions) > 1:
@@ -129,8 +130,7 @@ def list_images(data: DataSet, class_name: str | None) -> str:
 def write(comparison: Comparison) -> None:
     """Print the table of a comparison and write its files, beside the checkpoints and the last of them."""
     data, folder = comparison.data, comparison.subject.contender.checkpoint.folder
-    print(f"\n{data.name}: {len(data.records)} images, in percent")
-    print(text_table(comparison), *notes(comparison), sep="\n")
+    show(f"\n{data.name}: {len(data.records)} images, in percent", text_table(comparison), *notes(comparison))
     files = [path for results in comparison.results for path in write_results(results)]
     files.append(write_json(comparison, folder / f"comparison_{data.name}.json"))
     files.append(write_latex(comparison, folder / f"comparison_{data.name}.tex"))
@@ -149,7 +149,7 @@ def main() -> None:
     data_sets = open_data_sets(args)
     if args.list_images:
         for data in data_sets:
-            print(list_images(data, args.class_name))
+            show(list_images(data, args.class_name))
         return
     if not args.ckpt:
         raise ValueError("--ckpt is needed: loop files, run folders or base models.")

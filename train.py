@@ -11,6 +11,7 @@ import logging
 import shlex
 from pathlib import Path
 
+from dataset.commands import show
 from utils import arguments, checkpoints
 from utils.cli import run_script
 from utils.models import resolve_config
@@ -67,7 +68,7 @@ def main() -> None:
     args = parse_arguments()
     plan = make_plan(args)
     if args.dry_run:
-        print(describe_plan(plan))
+        show(describe_plan(plan))
         return
     trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard)
     if trainer is None:

@@ -11,6 +11,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from dataset.commands import show
 from dataset.images import check_files
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, result_name
@@ -18,6 +19,7 @@ from model.adapter_cross_attention import new_extension
 from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
+from utils.machine import Machine
 from utils.models import ModelLoader, resolve_config
 from utils.options import at_least
 from utils.report.curves import draw_training
@@ -109,11 +111,11 @@ def start_of(checkpoint: Checkpoint) -> dict:
     return checkpoint.base | {"continued_from": continued, "datasets": checkpoint.seen()}
 
 
-def open_eval_sets(names: list[str], data_root: Path) -> list[DataSet]:
+def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
     """The data sets of --eval_dataset, their files checked, so that a bad one is found before training."""
     for name in names:
-        prepare(name, data_root)
-    data_sets = open_all(names, data_root)
+        prepare(name, machine.data_root, machine.follow_links)
+    data_sets = open_all(names, machine.data_root, follow_links=machine.follow_links)
     for data in data_sets:
         check_files(data.folder, data.records)
     return data_sets
@@ -160,7 +162,7 @@ def main() -> None:
     checkpoint = load_start(args)
     plan = make_plan(args, checkpoint)
     if checkpoint is None or args.dry_run:
-        print(describe_plan(plan))
+        show(describe_plan(plan))
         return
     machine = arguments.machine_of(args)
     trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard)
@@ -168,7 +170,7 @@ def main() -> None:
         return
     backbone = trainer.model.backbone
     batching = Batching(EVAL_BATCH, machine.num_workers, plan.settings.precision)
-    data_sets = open_eval_sets(args.eval_dataset, machine.data_root)
+    data_sets = open_eval_sets(args.eval_dataset, machine)
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
     with trainer.running():

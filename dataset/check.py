@@ -17,10 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.commands import make_parser, run_command
+from dataset.commands import make_parser, run_command, show
 from dataset.images import read_image, read_mask_pixels
 from dataset.layouts import train_images
-from dataset.records import Record, read_entries
+from dataset.records import Record, link_target, read_entries
 from dataset.sets import Place, count_differences, find_dataset, list_folder
 
 
@@ -35,13 +35,17 @@ def parse_arguments() -> argparse.Namespace:
 class Finder:
     """Looks at images one by one; what it finds is in `problems`, and how often an image was seen in `places`."""
 
-    def __init__(self) -> None:
+    def __init__(self, follow_links: bool = False) -> None:
+        self.follow_links = follow_links
         self.problems: list[str] = []
         self.places: dict[str, list[Path]] = {}
 
     def look(self, folder: Path, entry: dict) -> tuple[list[str], str | None]:
         """Problems of one entry, and what tells its image from others; safe to run in threads."""
         path = folder / entry["image_path"]
+        for part in ("image_path", "mask_path"):
+            if entry.get(part) and not self.follow_links and (target := link_target(folder, entry[part])):
+                return [f"link out of the data set's folder: {folder / entry[part]} -> {target}"], None
         if not path.is_file():
             return [f"missing image: {path}"], None
         try:
@@ -106,12 +110,11 @@ def entries_of(place: Place) -> Iterator[dict]:
 
 def main() -> int:
     args = parse_arguments()
-    finder = Finder()
+    finder = Finder(args.follow_links)
     for place in [find_dataset(name, args.data_root) for name in args.names]:
         finder.run(place)
     problems = finder.problems + finder.repeated()
-    for problem in problems:
-        print(problem)
+    show(*problems)
     images = sum(map(len, finder.places.values()))
     found = f"{len(problems)} problem{'s' * (len(problems) > 1)} found; {images} images are readable."
     print(found if problems else f"{images} images, all well.")

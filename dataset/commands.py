@@ -28,6 +28,38 @@ def add_data_root(parser: argparse._ActionsContainer) -> None:
         default=os.environ.get(DATA_ROOT_VARIABLE, "data"),
         help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
     )
+    parser.add_argument(
+        "--follow_links",
+        action="store_true",
+        help="read images that lie outside a data set's folder, where links in it lead",
+    )
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: control characters, which could move its cursor or worse, as escapes.
+
+    Lines and columns stay; so does what a script may print of itself. Names of files and classes hold anything.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def show(*texts: str) -> None:
+    """Print each text, as lines, `printable`."""
+    for text in texts:
+        print(printable(text))
+
+
+class PlainFormatter(logging.Formatter):
+    """Messages `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def reader_left() -> int:
+    """Exit code where who reads the output has read enough, as `| head` does; nothing more is said."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def run_command(main: Callable[[], int]) -> None:
@@ -35,12 +67,17 @@ def run_command(main: Callable[[], int]) -> None:
 
     Like the scripts' own, it sets up the whole process (logging and stdout), so it is for commands alone.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # A list that is redirected to a file on Windows may hold names that its encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = reader_left()
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).error("error: %s", error)
         code = 2

@@ -1,7 +1,10 @@
 """Image and mask files, read as people see them, and checked."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -9,9 +12,12 @@ from tqdm import tqdm
 
 from dataset.records import Record
 
-# What Pillow raises for broken files; SyntaxError and ValueError for some PNG and TIFF files.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
+# What is tried, whatever a file is called: others are no photographs, have decoders that few test, or, as EPS, start
+# another program.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
+Image.init()  # else Pillow knows only some of them
+# Pixels that are converted at a time, so that what lies between takes little memory.
+BAND = 1 << 22
 
 # EXIF's orientations, in the order of their numbers from 2 on.
 TURNS = (
@@ -30,11 +36,19 @@ def read_image(path: Path) -> Image.Image:
 
     Raises ValueError where the file cannot be decoded.
     """
+    with _opened(path, "an image") as image:
+        return as_rgb(image)
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    """A file as Pillow opens it; what goes wrong within is a ValueError: not readable as `kind`."""
     try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except BROKEN as error:
-        raise ValueError(f"{path}: not readable as an image ({error}).") from error
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # decoders raise what they like for broken files, AssertionError and IndexError too
+        reason = "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+        raise ValueError(f"{path}: not readable as {kind} ({shorten(reason, 160)}).") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -62,8 +76,22 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; expected whole numbers of 8 or 16 bits")
+    if image.width * image.height <= BAND:
+        return _band_to_rgb(image, background)
+    found = Image.new("RGB", image.size)
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        found.paste(_band_to_rgb(band, background), (0, top))
+    return found
+
+
+def _band_to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion would cut at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -77,15 +105,12 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
 
 def read_mask_pixels(path: Path) -> np.ndarray:
     """Which pixels of a mask [height, width] are not black (transparent ones are). Raises ValueError if unreadable."""
-    try:
-        with Image.open(path) as image:
-            mask = _turned(image)
-            # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
-            if mask.mode[0] in "IF":
-                return np.asarray(mask) != 0
-            return np.asarray(_to_rgb(mask, "black")).max(axis=-1) > 0
-    except BROKEN as error:
-        raise ValueError(f"{path}: not readable as a mask ({error}).") from error
+    with _opened(path, "a mask") as image:
+        mask = _turned(image)
+        # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
+        if mask.mode[0] in "IF":
+            return np.asarray(mask) != 0
+        return np.asarray(_to_rgb(mask, "black")).max(axis=-1) > 0
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -120,11 +145,8 @@ def _check_shapes(path: Path, image: tuple[int, int], mask: tuple[int, int]) -> 
 
 def size_on_disk(path: Path) -> tuple[int, int]:
     """Width and height in pixels that `read_image` gives, from the header alone. Raises ValueError if unreadable."""
-    try:
-        with Image.open(path) as image:
-            return image.size if _orientation(image) < 5 else (image.height, image.width)
-    except BROKEN as error:
-        raise ValueError(f"{path}: not readable as an image ({error}).") from error
+    with _opened(path, "an image") as image:
+        return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 
 def check_files(folder: Path, records: list[Record]) -> None:

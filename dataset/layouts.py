@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dataset.records import Record
+from dataset.records import Record, check_class, check_entry
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 NORMAL_KINDS = ("good", "ok", "normal")
@@ -98,10 +98,12 @@ def visa(root: Path, classes: list[str]) -> Iterator[Record]:
         rows = csv.DictReader(file)
         if missing := set(VISA_COLUMNS) - set(rows.fieldnames or ()):
             raise ValueError(f"{table}: expected the columns {', '.join(VISA_COLUMNS)}; missing: {', '.join(missing)}.")
-        for row in rows:
+        for number, row in enumerate(rows, start=2):
             if row["split"] == "test" and row["object"] in present:
                 label = int(row["label"] == "anomaly")
-                yield Record(row["image"], label, row["object"], (row["mask"] or None) if label else None)
+                entry = {"image_path": row["image"], "label": label, "class_name": row["object"]}
+                entry = check_entry(entry | {"mask_path": row["mask"] if label else None}, f"{table}, row {number}")
+                yield Record(**entry)
 
 
 def good_ungood(root: Path, classes: list[str]) -> Iterator[Record]:
@@ -142,6 +144,7 @@ def own_records(root: Path) -> list[Record]:
     records: list[Record] = []
     for folder in products:
         class_name = Path(os.path.abspath(folder)).name
+        check_class(class_name, str(root))
         if (folder / "test").is_dir():
             records += product_records(root, folder, class_name, masked=(folder / "ground_truth").is_dir())
         else:

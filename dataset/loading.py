@@ -2,10 +2,12 @@
 
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import TypedDict
 
 import numpy as np
@@ -169,19 +171,24 @@ def loader_message(error: Exception) -> str:
     return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
 
 
-# Seconds after which a reading process follows a signal that its main process has not.
-GRACE = 120
-
-
 def outlive_signals(worker: int = 0) -> None:
-    """Signals to a group reach the reading processes too; the main one decides when they end, by another way.
+    """Signals to a group of processes reach those that read images too; the main one decides when they end.
 
     Were they gone before it, PyTorch would break off the running step, and with it what is not yet saved.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # elsewhere there are no such signals
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    """End this process where the SIGTERM that it blocks comes from its parent, as multiprocessing ends processes."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(1)
 
 
 def make_loader(

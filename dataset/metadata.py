@@ -12,7 +12,7 @@ are.
 import argparse
 from pathlib import Path
 
-from dataset.commands import make_parser, run_command
+from dataset.commands import make_parser, run_command, show
 from dataset.constants import DATA_SETS
 from dataset.demo.build import DEMO_SETS
 from dataset.prepare import prepare, write_metadata
@@ -52,11 +52,11 @@ def table(name: str, records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def listed(name: str, data_root: Path, overwrite: bool) -> str:
+def listed(name: str, data_root: Path, overwrite: bool, follow_links: bool) -> str:
     """List a benchmark data set; what was done, and its images."""
     place = find_dataset(name, data_root)
     records = list_folder(place)
-    check_paths(records, place.folder)
+    check_paths(records, place.folder, follow_links)
     return f"{name}: {len(records)} images, {keep(place, records, overwrite)}\n{table(name, records)}"
 
 
@@ -70,7 +70,11 @@ def rendered(name: str, data_root: Path) -> str:
 def main() -> int:
     args = parse_arguments()
     for name in args.names:
-        print(rendered(name, args.data_root) if name in DEMO_SETS else listed(name, args.data_root, args.overwrite))
+        show(
+            rendered(name, args.data_root)
+            if name in DEMO_SETS
+            else listed(name, args.data_root, args.overwrite, args.follow_links)
+        )
     return 0
 
 

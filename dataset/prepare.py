@@ -11,8 +11,8 @@ from dataset.sets import FULL, Place, canonical_name, find_dataset, is_path, lis
 logger = logging.getLogger(__name__)
 
 
-def prepare(name: str, data_root: str | Path) -> None:
-    """Render a demo set, or write the list of a known data set, where that is missing; `name` as in `open_dataset`.
+def prepare(name: str, data_root: str | Path, follow_links: bool = False) -> None:
+    """Render a demo set, or write the list of a known data set, where that is missing; arguments as in `open_dataset`.
 
     Where no list can be written, that is said, and opening reads the folders. Nothing is made for own folders, which
     are read anew each time. Raises, before anything is written, FileNotFoundError where there is no such data set or a
@@ -26,7 +26,7 @@ def prepare(name: str, data_root: str | Path) -> None:
     if place.metadata or source not in DATA_SETS:
         return
     records = list_folder(place)
-    check_paths(records, place.folder)
+    check_paths(records, place.folder, follow_links)
     try:
         path = write_metadata(place, records)
     except OSError as error:  # it can be opened all the same

@@ -9,10 +9,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
 from dataset.files import write_text
+
+# Characters of a name or a path in a list.
+LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,40 @@ def read_entries(metadata: Path) -> Iterator[dict]:
 def _parse(line: str, where: str) -> dict:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}): {line.strip()[:80]}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, a thousand brackets
+        raise ValueError(f"{where}: not JSON ({error}): {line[:80]}") from error
+    return check_entry(entry, where)
+
+
+def check_entry(entry: Any, where: str) -> dict:
+    """What a list says of an image, with `mask_path` None where there is none. Raises ValueError that names `where`."""
     required = ("image_path", "label", "class_name")
     missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise ValueError(f"{where}: expected an object with {', '.join(required)}; {missing[0]} is missing.")
     if entry["label"] not in (0, 1):
-        raise ValueError(f"{where}: label is {entry['label']!r}, expected 0 (normal) or 1 (anomalous).")
+        raise ValueError(f"{where}: label is {_shown(entry['label'])}, expected 0 (normal) or 1 (anomalous).")
     entry["mask_path"] = entry.get("mask_path") or None
     for key in ("image_path", "class_name", "mask_path"):
         if not (entry[key] and isinstance(entry[key], str)) and (key, entry[key]) != ("mask_path", None):
-            raise ValueError(f"{where}: {key} is {entry[key]!r}, expected a text.")
+            raise ValueError(f"{where}: {key} is {_shown(entry[key])}, expected a text.")
+        if entry[key] and len(entry[key]) > LONGEST:
+            raise ValueError(f"{where}: {key} has {len(entry[key])} characters, expected at most {LONGEST}.")
         if key != "class_name" and entry[key] and leaves_folder(entry[key]):
-            raise ValueError(f"{where}: {key} '{entry[key]}' lies outside the data set's folder.")
+            raise ValueError(f"{where}: {key} {_shown(entry[key])} lies outside the data set's folder.")
+    check_class(entry["class_name"], where)
     return entry
+
+
+def check_class(name: str, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a class that cannot be called so in prompts and tables."""
+    if not name.isprintable() or name.isspace():
+        raise ValueError(f"{where}: a class is called {_shown(name)}; expected a name, without control characters.")
+
+
+def _shown(value: object) -> str:
+    """A value of a list in a message, cut where it is long."""
+    return repr(value if isinstance(value, (str, int, float, type(None))) else type(value).__name__)[:80]
 
 
 def leaves_folder(relative: str) -> bool:
@@ -81,18 +104,30 @@ def leaves_folder(relative: str) -> bool:
     return bool(path.anchor) or os.path.normpath(path.as_posix()).split(os.sep)[0] == ".."
 
 
-def check_paths(records: list[Record], folder: Path) -> None:
-    """Raise FileNotFoundError where an image or a mask is not there, with the first and the number of them."""
-    missing = [
-        path
-        for record in records
-        for path in (record.image_path, record.mask_path)
-        if path and not os.path.isfile(os.path.join(folder, path))
-    ]
+def check_paths(records: list[Record], folder: Path, follow_links: bool = False) -> None:
+    """Raise FileNotFoundError where an image or a mask is not there, with the first and the number of them.
+
+    And ValueError where links lead out of the folder, unless `follow_links`: a list from elsewhere could name any file.
+    """
+    paths = [path for record in records for path in (record.image_path, record.mask_path) if path]
+    missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'."
         )
+
+    for path in paths if not follow_links else ():
+        if target := link_target(folder, path):
+            raise ValueError(
+                f"{folder}: '{path}' leads to {target}, outside the data set's folder. If that is meant, as with links "
+                "to another disk, --follow_links reads it."
+            )
+
+
+def link_target(folder: Path, path: str) -> str | None:
+    """Where a path in a data set's folder leads, if that is outside; None if not."""
+    root, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
+    return None if target.startswith(os.path.join(root, "")) else target
 
 
 def write_records(path: Path, records: list[Record]) -> None:

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dataset.constants import BLUR, DATA_SETS, describe_class
 from dataset.demo.build import DEMO_SETS, check_version
@@ -106,12 +107,19 @@ def is_list(name: str) -> bool:
     return is_path(name) and Path(name).suffix.casefold() == ".jsonl"
 
 
-def open_dataset(name: str, data_root: str | Path, domain: str | None = None, class_name: str | None = None) -> DataSet:
+def open_dataset(
+    name: str,
+    data_root: str | Path,
+    domain: str | None = None,
+    class_name: str | None = None,
+    follow_links: bool = False,
+) -> DataSet:
     """Find a data set and read its records; nothing is written.
 
     `name`: a known name or a folder under `data_root`; with a path separator, a folder or JSON lines file by its path.
     `domain` ("industrial" or "medical") and `class_name` (of all its images) are for data sets that are not known;
-    those have their own. A known one without metadata is read from its official layout.
+    those have their own. A known one without metadata is read from its official layout. Links that lead out of the
+    folder are an error unless `follow_links`.
     Raises FileNotFoundError where the folder or a file is missing, ValueError for what is wrong in it.
     """
     place = find_dataset(name, data_root)
@@ -123,7 +131,7 @@ def open_dataset(name: str, data_root: str | Path, domain: str | None = None, cl
             f"--class_name {class_name}: {place.source} has its own names; the flag is for other data sets. To use a "
             f"part of it, give the path of a list with these lines of {FULL}, such as {place.folder / 'part.jsonl'}."
         )
-    records = named(read_place(place), class_name)
+    records = named(read_place(place, follow_links), class_name)
     for line in count_differences(place.source, records):
         logger.warning("%s: %s.", place.name, line)
     descriptions, plain = _describe(place.source, records)
@@ -144,7 +152,7 @@ def _describe(source: str, records: list[Record]) -> tuple[dict[str, str], list[
     return {name: description for name, (description, _) in described.items()}, plain
 
 
-def open_all(names: list[str], data_root: str | Path, **own: str | None) -> list[DataSet]:
+def open_all(names: list[str], data_root: str | Path, **own: Any) -> list[DataSet]:
     """`open_dataset` of several. Raises ValueError where two have one result name, and so would files about them."""
     data_sets = [open_dataset(name, data_root, **own) for name in names]
     counts = Counter(data.name.casefold() for data in data_sets)  # as Windows compares the names of files
@@ -225,15 +233,15 @@ def _find_folder(name: str, root: Path) -> Path:
     )
 
 
-def read_place(place: Place) -> list[Record]:
+def read_place(place: Place, follow_links: bool = False) -> list[Record]:
     """The records of a data set, from its metadata, else from its folders.
 
-    Raises FileNotFoundError where a file is missing.
+    Raises FileNotFoundError where a file is missing, ValueError for one outside the folder unless `follow_links`.
     """
     records = read_records(place.metadata) if place.metadata else list_folder(place)
     if place.metadata is None and place.source not in DATA_SETS:
         _report_own(records)
-    check_paths(records, place.folder)
+    check_paths(records, place.folder, follow_links)
     return records
 
 

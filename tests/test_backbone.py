@@ -8,30 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from benchmarks.standin import standin_images
+from benchmarks.standin import Scripted, standin_images
 from model import weights as module
 from model.backbone import Backbone, clip_config, default_adapters, load_backbone, vv_attention
 from model.weights import read_weights
 
 PROMPTS = ["a photo of a damaged metal nut.", "candle."]
-
-
-class Archive(torch.nn.Module):
-    """Parameters under CLIP's names and OpenAI's three other entries, to be saved as TorchScript."""
-
-    def __init__(self, state: dict[str, torch.Tensor]):
-        super().__init__()
-        for name, value in state.items():
-            *path, last = name.split(".")
-            parent = self
-            for part in path:
-                if not hasattr(parent, part):
-                    parent.add_module(part, torch.nn.Module())
-                parent = getattr(parent, part)
-            parent.register_buffer(last, value)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +27,7 @@ def files(state, tmp_path_factory):
     """The same weights as OpenAI's TorchScript archive, as plain state dicts and as safetensors."""
     folder = tmp_path_factory.mktemp("weights")
     extra = {name: torch.tensor(64) for name in module.NOT_WEIGHTS}
-    torch.jit.script(Archive(state | extra)).save(folder / "archive.pt")
+    torch.jit.script(Scripted(state | extra)).save(folder / "archive.pt")
     torch.save(state | extra, folder / "with_extra.pt")
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, folder / "open_clip.pth")
     save_file(state, folder / "weights.safetensors")

@@ -93,7 +93,7 @@ def test_one_image_and_the_list_of_images(scripts, run, capsys):
     assert "candle      7  anomalous  candle/1_2.png" in lines and len(lines) == 21
     command = ["test", "--ckpt", run, "--dataset", "small", "--device", "cpu", "--image_idx"]
     assert scripts(*command, "7", "--class_name", "candle") == 0
-    folder = run / "pictures_small"
+    folder = run / "pictures_small" / "one_image"
     for ending in ("", "_prompts_on_image", "_image_on_prompts"):
         with Image.open(folder / f"candle_7{ending}.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 10

@@ -43,6 +43,8 @@ PRECISION: dict[str, Any] = {
     "group": "places and machine",
 }
 DEFAULT_PRECISION = "fp32"
+# Lines of all @FILEs of a call.
+MOST_LINES = 100_000
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -56,7 +58,19 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 class _Parser(argparse.ArgumentParser):
     """Reads arguments from @FILE too: several on a line, "quoted" where they hold spaces, and lines of # comments."""
 
+    lines = 0
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Of the command line, or of `args`."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except RecursionError:
+            self.error("an @FILE that names itself, or very many others")
+
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        self.lines += 1
+        if self.lines > MOST_LINES:
+            self.error(f"more than {MOST_LINES} lines in @FILEs; does one name itself")
         if arg_line.lstrip().startswith("#"):
             return []
         words = shlex.shlex(arg_line, posix=True, punctuation_chars="")
@@ -128,7 +142,7 @@ def machine_of(args: argparse.Namespace) -> Machine:
     workers = args.num_workers
     if workers is None:
         workers = 4 if args.device.startswith("cuda") else 0
-    return Machine(args.device, args.clip_weights, Path(args.data_root), workers)
+    return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links)
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 import io
 import logging
-import os
 import sys
 from collections.abc import Callable
 
 import torch
 
+from dataset.commands import reader_left
 from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, message_of
 from utils.logs import setup_logging
 
@@ -34,9 +34,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         logger.error("error: %s", error)
         logger.debug("Where it happened:", exc_info=True)
         code = 1
-    except BrokenPipeError:  # who reads the output has read enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except BrokenPipeError:
+        code = reader_left()
     except (ValueError, OSError) as error:
         logger.error("error: %s", message_of(error))
         logger.debug("Where it happened:", exc_info=True)

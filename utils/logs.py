@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dataset.commands import PlainFormatter, printable
 from model.weights import REPOSITORY
 
 
@@ -16,7 +17,21 @@ class _TqdmHandler(logging.Handler):
     """Writes above a running progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:
+            self.handleError(record)  # a terminal that is gone ends no training
+
+
+class _FileHandler(logging.FileHandler):
+    """Says once where it cannot write, on a full disk say; training goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        if not self.failed:
+            self.failed = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def own_loggers() -> list[str]:
@@ -34,7 +49,7 @@ def setup_logging() -> None:
         root.removeHandler(old)
         old.close()
     handler = _TqdmHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PlainFormatter("%(message)s"))
     handler.setLevel(logging.INFO)
     root.addHandler(handler)
     # Keeps what is said before there is a folder to log to.
@@ -46,8 +61,8 @@ def setup_logging() -> None:
 
 def log_to_file(path: Path) -> None:
     """Append messages to `path` too, with their time; those before this call as well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = _FileHandler(path, encoding="utf-8")
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     for earlier in root.handlers[:]:
@@ -61,4 +76,6 @@ def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A progress bar; where stderr is no terminal it writes a line every half minute at most."""
     if not sys.stderr.isatty():
         options["mininterval"] = 30
+    if "desc" in options:
+        options["desc"] = printable(options["desc"])
     return tqdm(iterable, dynamic_ncols=True, **options)

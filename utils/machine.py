@@ -15,6 +15,7 @@ class Machine:
     clip_weights: Path | None
     data_root: Path
     num_workers: int
+    follow_links: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -27,7 +28,7 @@ def device_of(name: str | None) -> torch.device:
     name = name or default_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors that hold nothing
     except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without CUDA
         raise ValueError(f"--device {name}: not usable here ({shorten(str(error), 160)}).") from error
     return device

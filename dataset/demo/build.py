@@ -1,9 +1,11 @@
 """The data sets demo_train, demo_dev and demo_test on disk: 12 rendered categories each, in AA-CLIP's format."""
 
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,9 +32,16 @@ def build(name: str, data_root: Path) -> Path:
     """
     logger.info("Rendering %s into %s.", name, data_root)
     data_root.mkdir(parents=True, exist_ok=True)
+    prefix = f".{name}.half-"
     jobs = [(category, index) for category in DATA_SETS[name].classes for index in range(IMAGES_PER_CLASS)]
-    # Renamed when it is whole, so that an interrupted build leaves no half data set behind.
-    with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=data_root) as temporary:
+    # Renamed when it is whole, so that an interrupted build leaves no half data set behind. A killed one leaves its
+    # temporary folder, which the next one, alone under the lock, removes.
+    with FileLock(data_root / f".{name}.lock"), tempfile.TemporaryDirectory(prefix=prefix, dir=data_root) as temporary:
+        for half in data_root.glob(f"{prefix}*"):
+            if half != Path(temporary):
+                shutil.rmtree(half)
+        if (data_root / name).is_dir():  # another process rendered it meanwhile
+            return data_root / name
         folder = Path(temporary) / name
         records = []
         for category, index in tqdm(jobs, desc=name, unit="image", leave=False, disable=None):
@@ -40,12 +49,7 @@ def build(name: str, data_root: Path) -> Path:
             records.append(_write(folder, category, index, render(category, index % 2 == 1, seed)))
         write_records(folder / "full-shot.jsonl", records)
         (folder / VERSION_FILE).write_text(VERSION, encoding="utf-8")
-        try:
-            return folder.rename(data_root / name)
-        except OSError:
-            if not (data_root / name / "full-shot.jsonl").is_file():  # else another process was faster
-                raise
-            return data_root / name
+        return folder.rename(data_root / name)
 
 
 def check_version(folder: Path) -> None:

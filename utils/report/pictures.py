@@ -13,7 +13,7 @@ from dataset.constants import class_prompts
 from dataset.loading import Batch
 from dataset.records import Record
 from forward_utils_cross_attention import Prediction, encode
-from utils.files import safe_name
+from utils.files import unused_names
 from utils.judging import Detector, calibrated_extremes, caption, scaled
 from utils.report import plots
 from utils.report.curves import draw_metrics_over_loops, loops_of_runs
@@ -23,10 +23,18 @@ from utils.testing.comparison import Comparison
 from utils.testing.contenders import Contender
 from utils.testing.results import Results
 
+# Names beside those of the classes: metrics over loops, and a folder for pictures of one image.
+CURVES, ONE_IMAGE = "loops", "one_image"
+
 
 def picture_folder(bench: Bench, subject: Contender) -> Path:
     """Where the pictures of a data set go: beside the checkpoint that they are about."""
     return subject.checkpoint.folder / f"pictures_{bench.data.name}"
+
+
+def class_files(bench: Bench) -> dict[str, str]:
+    """{class: what its picture is called}, other than the curves over loops."""
+    return unused_names(bench.data.descriptions, taken=(CURVES,))
 
 
 def draw_sheets(comparison: Comparison, count: int) -> list[Path]:
@@ -36,9 +44,9 @@ def draw_sheets(comparison: Comparison, count: int) -> list[Path]:
     """
     bench, subject = comparison.bench, comparison.subject
     shown = [*([subject.references["base"]] if "base" in subject.references else []), subject]
-    names, paths = [result.name for result in shown], []
+    names, paths, files = [result.name for result in shown], [], class_files(bench)
     for class_name in comparison.classes:
-        path = picture_folder(bench, subject.contender) / f"{safe_name(class_name)}.png"
+        path = picture_folder(bench, subject.contender) / f"{files[class_name]}.png"
         title = f"{bench.data.name}, {class_name} (decided rightly: green, wrongly: red)"
         if len(shown) > 1:
             title += "\nof each kind the most improved first, then the most worsened"
@@ -102,7 +110,7 @@ def draw_one(bench: Bench, contenders: Sequence[Contender], class_name: str, ind
         for detector, prediction, ends in zip(detectors, found, extremes, strict=True)
     ]
     title = f"{bench.data.name}, {class_name}, image {index}"
-    path = picture_folder(bench, subject) / f"{safe_name(class_name)}_{index}.png"
+    path = picture_folder(bench, subject) / ONE_IMAGE / f"{class_files(bench)[class_name]}_{index}.png"
     example = _example(batch, 0, _short(record), panels)
     plots.draw_examples([example], [contender.name for contender in models], scaled_by, title, path)
     return [path, *_draw_attention(detectors[-1], batch, example, f"{title}: {subject.name}", path)]
@@ -120,7 +128,7 @@ def draw_loops(comparison: Comparison) -> Path | None:
     runs = loops_of_runs(comparison)
     if not runs:
         return None
-    path = picture_folder(comparison.bench, comparison.subject.contender) / "loops.png"
+    path = picture_folder(comparison.bench, comparison.subject.contender) / f"{CURVES}.png"
     title = (
         f"{comparison.data.name}: averages in percent; bars: 95 % intervals of the difference from the base (dashed)"
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -21,7 +22,13 @@ OUTLINE = "cyan"
 MAP_COLOURS, DIFFERENCE_COLOURS, ATTENTION_COLOURS = "inferno", "RdBu_r", "viridis"
 # Of differences of maps that go from 0 to 1.
 SMALLEST_SCALE = 0.05
+# Height by width, or width by height, of the place that an image has in a picture.
+MOST_ELONGATED = 4
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#c02020", "black"
+
+
+# Names of images and classes are no formulas.
+matplotlib.rcParams["text.parse_math"] = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def draw_examples(examples: list[Example], models: list[str], scaled_by: str, ti
     Maps are drawn from 0 to 1; `scaled_by` says what they were scaled by. All differences share a scale around 0.
     """
     later = models[1:]
-    shapes = [example.pixels.shape[0] / example.pixels.shape[1] for example in examples]
+    shapes = [_shape(example.pixels) for example in examples]
     columns = 1 + len(models) + len(later)
     height = sum((PANEL_INCHES + 0.35) * shape for shape in shapes) + 0.9
     figure = Figure(figsize=(PANEL_INCHES * columns + 1.2, height), layout="constrained")
@@ -75,6 +82,11 @@ def draw_examples(examples: list[Example], models: list[str], scaled_by: str, ti
         _draw_scale(figure, axes[:, 1 + len(models) :], "difference")
     figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
+
+
+def _shape(pixels: np.ndarray) -> float:
+    """Height by width of what an image is drawn in; one that is far longer than wide stands small in it."""
+    return min(max(pixels.shape[0] / pixels.shape[1], 1 / MOST_ELONGATED), MOST_ELONGATED)
 
 
 def _draw_example(row: Sequence[Axes], example: Example, most: float) -> None:

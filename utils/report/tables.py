@@ -2,12 +2,12 @@
 
 import json
 import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from dataset.commands import printable
 from dataset.constants import DATA_SETS
 from dataset.files import write_text
 from dataset.sets import DataSet, count_images
@@ -15,7 +15,18 @@ from utils.files import write_csv
 from utils.testing.bootstrap import CONFIDENCE, MIN_IMAGES, enough
 from utils.testing.comparison import Comparison
 from utils.testing.metrics import COLUMNS, METRICS, Sample
-from utils.testing.results import AVERAGE, Results, Row
+from utils.testing.results import AVERAGE, Results, Row, written_name
+
+# What means something to LaTeX, and how it is written.
+LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}",
+    "^": "\\textasciicircum{}",
+    "~": "\\textasciitilde{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    '"': "\\textquotedbl{}",
+}
 
 LEGEND = (
     "image: the published score, scaled by the extremes of a class; alone: a score that needs no other image; "
@@ -138,7 +149,7 @@ def _class_rows(results: Results) -> list[dict]:
     rows = []
     for class_name in results.values:
         row: dict[str, object] = {"checkpoint": contender.checkpoint.path.as_posix()}
-        row |= {"dataset": data.name, "class": class_name}
+        row |= {"dataset": data.name, "class": written_name(class_name)}
         row |= dict(zip(("normal", "anomalous"), counts.get(class_name, (normal, anomalous)), strict=True))
         row |= _cells(results.rows[class_name])
         for role, other in results.references.items():
@@ -168,7 +179,8 @@ def _image_rows(class_name: str, sample: Sample, data: DataSet) -> list[dict]:
         "pixel_ap": sample.pixel_ap.tolist(),
     }
     return [
-        {"class": class_name, **dict(zip(columns, cells, strict=True))} for cells in zip(*columns.values(), strict=True)
+        {"class": written_name(class_name), **dict(zip(columns, cells, strict=True))}
+        for cells in zip(*columns.values(), strict=True)
     ]
 
 
@@ -180,7 +192,7 @@ def write_json(comparison: Comparison, path: Path) -> Path:
         "images": len(data.records),
         "interval": {"confidence": CONFIDENCE, "resamples": comparison.resamples},
         "models": [_describe(result) for result in comparison.results],
-        "rows": {name: [_plain(row) for row in rows] for name, rows in comparison.rows.items()},
+        "rows": {written_name(name): [_plain(row) for row in rows] for name, rows in comparison.rows.items()},
         "notes": notes(comparison),
     }
     return write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
@@ -242,4 +254,4 @@ def latex_cell(row: Row, metric: str) -> str:
 
 def latex_text(text: str) -> str:
     """Plain text for LaTeX."""
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return "".join(LATEX.get(character, character) for character in printable(text))

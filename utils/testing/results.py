@@ -11,7 +11,15 @@ from utils.testing.bootstrap import interval
 from utils.testing.contenders import Contender
 from utils.testing.metrics import METRICS, Sample
 
-AVERAGE = "average"
+# Stands for all classes where there is a class otherwise; none is called so.
+AVERAGE = ""
+
+
+def written_name(class_name: str) -> str:
+    """What a class, or the average, is called in files. A class that is called average has a full stop behind."""
+    if class_name == AVERAGE:
+        return "average"
+    return f"{class_name}." if class_name.rstrip(".").casefold() == "average" else class_name
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,15 @@ class TrainingData:
         return AnomalyDataset(self.folder, records, transform, self.cache)
 
 
-def load_training_data(settings: Settings, data_root: Path, img_size: int, in_memory: bool = False) -> TrainingData:
+def load_training_data(
+    settings: Settings, data_root: Path, img_size: int, in_memory: bool = False, follow_links: bool = False
+) -> TrainingData:
     """Open, draw and check the images of a run, and read them where they shall be kept `in_memory`.
 
     A demo set that is not there is rendered, a list that is missing is written. Raises ValueError or FileNotFoundError.
     """
-    prepare(settings.dataset, data_root)
-    data = open_dataset(settings.dataset, data_root, settings.domain, settings.class_name)
+    prepare(settings.dataset, data_root, follow_links)
+    data = open_dataset(settings.dataset, data_root, settings.domain, settings.class_name, follow_links)
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)

@@ -30,7 +30,7 @@ def start(
         return None
     open_board = tensorboard_writer() if tensorboard else None
     config = plan.config
-    data = load_training_data(plan.settings, machine.data_root, config.img_size, in_memory)
+    data = load_training_data(plan.settings, machine.data_root, config.img_size, in_memory, machine.follow_links)
     backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, machine.clip_weights)
     model = build_model(config, backbone, checkpoint, machine.device, plan.settings.seed)
     trainer = Trainer(model, data, plan, state, machine.num_workers, open_board)
