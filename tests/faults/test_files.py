@@ -1,0 +1,367 @@
+"""Files that are broken or hostile: refused in one sentence, and nothing in them is run."""
+
+import io
+import os
+import pickle
+import struct
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
+
+from benchmarks.standin import Scripted
+from dataset.images import read_image, read_mask, size_on_disk
+from dataset.layouts import visa
+from dataset.records import check_paths, read_records
+from dataset.sets import open_dataset
+from model.backbone import load_backbone
+from model.weights import read_weights
+from tests.conftest import EPOCHS, write_small_dataset
+from utils.checkpoints import load_checkpoint
+from utils.models import ModelLoader
+
+# weights
+
+
+class Attack(torch.nn.Module):
+    """Writes a file when it is loaded by TorchScript."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        torch.save(torch.zeros(1), "harmed")
+        self.weight = state[0]
+        self.training = state[1]
+
+    def forward(self, x):
+        return x
+
+
+class Call:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_weight_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt").mkdir()
+    torch.jit.script(Attack()).save("ckpt/demo.pt")
+    with open("pickled.pt", "wb") as file:
+        pickle.dump(Call(tmp_path / "harmed"), file)
+    torch.save({"a": Call(tmp_path / "harmed")}, "saved.pt")
+    for path in ("ckpt/demo.pt", "pickled.pt", "saved.pt"):
+        with pytest.raises(ValueError, match=f"{path}: not readable as CLIP weights"):
+            load_backbone("demo", clip_weights=path)
+        with pytest.raises(ValueError, match=r"no checkpoint|expected a loop file"):
+            load_checkpoint(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "pickled.pt", "saved.pt"]
+
+
+def test_what_torchscript_holds_is_read_as_it_loads_it(tmp_path):
+    state = {
+        "a.b": torch.randn(3, 4).half(),
+        "a.c.d": torch.randn(5, 2).t(),
+        "e": torch.zeros(0),
+        "f": torch.tensor(2.5).double(),
+        "g": torch.randn(4, 4)[1:3, ::2],
+    }
+    torch.jit.script(Scripted(state)).save(tmp_path / "x.pt")
+    found = read_weights(tmp_path / "x.pt")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in state.items())
+
+
+def claim(path: Path, shape: tuple, stride: tuple, numel: int = 1) -> None:
+    """A file of torch.save of a few bytes whose tensor claims any shape."""
+    torch.save({"a": torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in entries if name.endswith("data.pkl"))
+
+    def number(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    sizes = b"(" + b"".join(map(number, shape)) + b"t"
+    strides = b"(" + b"".join(map(number, stride)) + b"t"
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + number(numel) + b"tQ"
+    )
+    entries[name] = (
+        b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + number(0)
+        + sizes
+        + strides
+        + b"\x89ccollections\nOrderedDict\n)RtRs."
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in entries.items():
+            archive.writestr(entry, data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "numel"),
+    [((10**6, 10**6), (0, 0), 1), ((2**31 - 1,), (1,), 2**31 - 1), ((4,), (1,), 1), ((2, 2), (-1, 1), 4)],
+)
+def test_a_tensor_takes_no_more_memory_than_its_file(tmp_path, shape, stride, numel):
+    claim(tmp_path / "x.pt", shape, stride, numel)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="not readable as CLIP weights"):
+        read_weights(tmp_path / "x.pt")
+    assert time.monotonic() - started < 2
+
+
+def packed(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}.")
+        archive.writestr("x/data/0", bytes(10**7))
+
+
+def piled(path: Path) -> None:
+    """A pickle of 20 bytes that asks for the memory of a table of 2^32 entries."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\xff.")
+
+
+def grown(path: Path) -> None:
+    """A pickle that asks for 100 GB of zeros."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x4a\x17\x00\x85R.")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (packed, "which no file of PyTorch does"),
+        (piled, "numbers more things than it holds"),
+        (grown, "names __builtin__.bytearray"),
+        (lambda path: torch.save(torch.zeros(1), path, _use_new_zipfile_serialization=False), "before PyTorch 1.6"),
+        (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "no archive of torch.save"),
+        (lambda path: torch.save([{}] * 3, path), "expected a state dict of tensors, found list"),
+        (lambda path: torch.save({"a": 1}, path), "'a' is int"),
+        (lambda path: torch.save({"a": torch.zeros(2, dtype=torch.int32)}, path), "'a' holds torch.int32"),
+        (lambda path: torch.save({"a": torch.zeros(2, 2).to_sparse()}, path), "it names torch._utils._rebuild_sparse"),
+        (lambda path: torch.save({"a": torch.zeros(2, device="meta")}, path), "it names torch._utils._rebuild_meta"),
+        (lambda path: torch.save({"a": np.float64(1)}, path), "it names"),
+    ],
+)
+def test_weights_of_another_kind_are_named(tmp_path, write, message):
+    write(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 2, 2), (1, 128), (7, 128), (65, 3), (0, 128)])
+def test_positions_of_another_shape_are_refused(backbone, tmp_path, shape):
+    state = backbone.clip.state_dict() | {"visual.positional_embedding": torch.zeros(shape)}
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"'visual.positional_embedding' of shape"):
+        load_backbone("demo", clip_weights=tmp_path / "x.safetensors")
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("config.training.seed", "3", "'config.training.seed' input should be a valid integer; found '3'"),
+        ("config.training.text_epoch", [], "'config.training.text_epoch'"),
+        ("config.training.shape", 1, "'config.training.shape' is not known to this version"),
+        ("config.model.img_size", 8000, "--img_size 8000: expected at most 4096 px"),
+        ("config.model.model_name", "hf-hub:someone/something", "open_clip has no such model"),
+        ("config.model.adapter_hidden", 10**9, "less than or equal to 65536"),
+        ("config.model.adapter_hidden", 512, "config says adapter_hidden 512, its tensors have None"),
+        ("config.model.cross_attn", "elsewhere", "'config.model.cross_attn'"),
+        ("base.datasets", "VisA", "'base.datasets' input should be a valid list"),
+        ("base", None, "'base'"),
+        ("calibration.threshold", "0.5", "'calibration.threshold'"),
+        ("calibration.threshold", float("nan"), "'calibration.threshold'"),
+        ("calibration.map_range", (1.0,), "'calibration.map_range"),
+        ("loop", -1, "'loop'"),
+        ("text_adapter", [torch.zeros(1)], "'text_adapter'"),
+        ("text_adapter.0*fc*0*weight", torch.zeros(3), "of another size|expected a matrix"),
+        ("text_adapter.0*fc*0*weight", torch.zeros(48, 48, dtype=torch.int64), "holds torch.int64"),
+        ("text_adapter.0*fc*0*weight", torch.zeros(1).expand(48, 48), "with tensors of|no checkpoint"),
+        ("image_cross_attn", torch.zeros(1), "'image_cross_attn'"),
+        ("environment.clip_sha256", 5, "'environment.clip_sha256'"),
+    ],
+)
+def test_what_a_loop_file_holds_is_checked(run, tmp_path, backbone, place, value, message):
+    content = torch.load(run / "loop_1.pth", weights_only=True)
+    *path, last = (part.replace("*", ".") for part in place.split("."))
+    inside = content
+    for part in path:
+        inside = inside[part]
+    inside[last] = value
+    torch.save(content, tmp_path / "loop_1.pth")
+    with pytest.raises(ValueError, match=message):
+        ModelLoader(torch.device("cpu"), backbone=backbone)(load_checkpoint(tmp_path / "loop_1.pth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(position=(1, "text", -1, 0)), "'position.2'"),
+        (lambda s: s.update(position=(1, "third", 0, 0)), "'position.1'"),
+        (lambda s: s.update(position=(2, "text", 0, 9)), "no state that this run comes to"),
+        (lambda s: s.update(position=(2, "text", 9, 0)), "no state that this run comes to"),
+        (lambda s: s.update(rng=torch.zeros(5, dtype=torch.uint8)), "no state that this run comes to"),
+        (lambda s: s.update(modules={}), "no state that this run comes to"),
+        (lambda s: s["modules"].update(text_adapter={"x": torch.zeros(1)}), "'text_adapter' lacks"),
+        (lambda s: s.update(means={"loss": [1.0, 0]}), "a sum of no values"),
+        (lambda s: s["optimizers"]["text"]["state"].update(a=1), "'optimizers.text.state"),
+        (lambda s: s.pop("clip_sha256"), "'clip_sha256' is missing"),
+        (lambda s: s.update(more=1), "'more' is not known"),
+    ],
+)
+def test_what_a_state_holds_is_checked(scripts, base, run, tmp_path, capsys, change, message):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    state = torch.load(run / "state.pth", weights_only=True)
+    state["position"] = (2, "text", 0, 0)
+    change(state)
+    torch.save(state, folder / "state.pth")
+    command = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--loops", "2", "--resume", base]
+    assert scripts("train_cross_attention", *command, "--save_path", folder) == 2
+    assert message in capsys.readouterr().err
+
+
+# images
+
+
+def png_without_palette() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(20))) + chunk(b"IEND", b"")
+
+
+def saved_as(path: Path, kind: str) -> None:
+    content = io.BytesIO()  # SPIDER's writer takes over the suffix of a path
+    Image.new("F" if kind == "SPIDER" else "RGB", (8, 8)).save(content, kind)
+    path.write_bytes(content.getvalue())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(png_without_palette()),
+        *(lambda path, kind=kind: saved_as(path, kind) for kind in ("EPS", "DDS", "SPIDER", "TGA", "PCX", "SGI")),
+        lambda path: path.write_bytes(b"BLP2" + bytes(200)),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.mkdir(),
+    ],
+)
+def test_whatever_a_decoder_raises_is_one_images_failure(tmp_path, write):
+    path = tmp_path / "x.png"
+    write(path)
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match=r"x\.png: not readable as"):
+            read(path)
+
+
+def test_a_decoder_that_fails_in_its_own_way_is_a_value_error(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    for error in (AssertionError(), IndexError("far"), MemoryError(), RecursionError("deep"), struct.error("short")):
+
+        def broken(self, error=error):
+            raise error
+
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+        with pytest.raises(ValueError, match=r"x\.png: not readable as an image \(.+\)"):
+            read_image(tmp_path / "x.png")
+        assert size_on_disk(tmp_path / "x.png") == (8, 8)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "LA", "L", "CMYK"])
+def test_large_images_are_converted_band_by_band_to_the_same_pixels(tmp_path, monkeypatch, mode):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (37, 23, 4), dtype=np.uint8), "RGBA")
+    if mode == "I;16":
+        picture = Image.fromarray(rng.integers(0, 65536, (37, 23), dtype=np.uint16))
+    elif mode != "RGBA":
+        picture = picture.convert("RGB").convert(mode) if mode == "P" else picture.convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    picture.save(path)
+    whole = np.asarray(read_image(path))
+    monkeypatch.setattr("dataset.images.BAND", 23 * 5)
+    assert np.array_equal(np.asarray(read_image(path)), whole) and whole.shape == (37, 23, 3)
+
+
+# lists and tables
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"image_path": "a", "label": ' + "1" * 5000 + ', "class_name": "b"}', "line 1: not JSON"),
+        ('{"image_path": "a", "label": [[[]]], "class_name": "b"}', "label is 'list'"),
+        ('{"image_path": "' + "a" * 5000 + '", "label": 0, "class_name": "b"}', "has 5000 characters"),
+        ('{"image_path": "a", "label": 0, "class_name": "b\\u001b[2J"}', "without control characters"),
+        ('{"image_path": "a", "label": 0, "class_name": " "}', "expected a name"),
+        ('{"image_path": "../a", "label": 0, "class_name": "b"}', "outside the data set's folder"),
+    ],
+)
+def test_lists_that_are_none_are_refused_at_once(tmp_path, line, message):
+    (tmp_path / "x.jsonl").write_text(line, encoding="utf-8")
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        read_records(tmp_path / "x.jsonl")
+    assert time.monotonic() - started < 2 and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("candle,test,anomaly,/etc/passwd,a.png", "row 2: image_path '/etc/passwd' lies outside"),
+        ("candle,test,anomaly,a.png,../../b.png", "row 2: mask_path '../../b.png' lies outside"),
+        ("candle,test,anomaly,C:\\\\x.png,a.png", "lies outside"),
+        ("candle,test,normal", "row 2: image_path is None, expected a text"),
+    ],
+)
+def test_visas_table_stays_in_its_folder(tmp_path, row, message):
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "candle").mkdir()
+    (tmp_path / "split_csv" / "1cls.csv").write_text(f"object,split,label,image,mask\n{row}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message.replace("\\", ".")):
+        list(visa(tmp_path, ["candle"]))
+
+
+def test_links_out_of_the_folder_are_read_where_that_is_asked_for(scripts, tmp_path, capsys):
+    outside = write_small_dataset(tmp_path / "outside")
+    root = tmp_path / "root" / "small"
+    root.mkdir(parents=True)
+    (root / "full-shot.jsonl").write_bytes((outside / "full-shot.jsonl").read_bytes())
+    (root / "metal_nut").symlink_to(outside / "metal_nut")
+    (root / "candle").symlink_to(outside / "candle")
+    with pytest.raises(ValueError, match="--follow_links"):
+        open_dataset("small", tmp_path / "root")
+    assert len(open_dataset("small", tmp_path / "root", follow_links=True).records) == 20
+    listed = ["test", "--dataset", "small", "--list_images"]
+    assert scripts(*listed, data_root=tmp_path / "root") == 2
+    assert scripts(*listed, "--follow_links", data_root=tmp_path / "root") == 0
+    # A folder that is a link itself is the user's own word.
+    (tmp_path / "root" / "linked").symlink_to(outside)
+    assert len(open_dataset("linked", tmp_path / "root").records) == 20
+    check_paths(read_records(outside / "full-shot.jsonl"), tmp_path / "root" / "linked")
