@@ -5,9 +5,10 @@ import shlex
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
-from dataset.commands import add_data_root
+from dataset.commands import add_data_root, printable
 from dataset.constants import BLUR
 from model.adapter_cross_attention import ModelConfig, model_fields
 from model.weights import WEIGHT_FOLDERS
@@ -83,9 +84,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, not the list of all flags; a mistyped flag gets its likely name."""
         known = [flag for action in self._actions for flag in action.option_strings]
-        likely = [get_close_matches(word, known, 1) for word in message.split() if word.startswith("--")]
-        hint = "".join(f" Did you mean {names[0]}?" for names in likely if names and names[0] not in message.split())
-        self.exit(2, f"{self.prog}: error: {message}.{hint} --help lists all flags.\n")
+        words = [word.rstrip(":,") for word in message.split() if word.startswith("--")]
+        likely = [get_close_matches(word, known, 1) for word in words]
+        hint = "".join(f" Did you mean {names[0]}?" for names in likely if names and names[0] not in words)
+        said = printable(shorten(message, 400))
+        self.exit(2, f"{self.prog}: error: {said}.{hint} --help lists all flags.\n")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

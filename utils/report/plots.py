@@ -11,10 +11,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
+from dataset.commands import printable
 from dataset.files import replacing
 
 PANEL_INCHES = 1.7
@@ -143,6 +145,8 @@ def _wrapped(name: str, width: int = 24) -> str:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to a file; its folder is made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))  # control characters have no shape
     with replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
