@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dataset.records import Record, check_class, check_entry
+from dataset.records import Record, check_class, check_entry, leaves_folder
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 NORMAL_KINDS = ("good", "ok", "normal")
@@ -34,7 +34,7 @@ def known_good(folder: Path, class_names: list[str], tested: list[Path]) -> dict
     Raises FileNotFoundError where a class has none, ValueError where they have different numbers of images or where one
     of the images is `tested`.
     """
-    found = {name: images_in(folder / name) for name in class_names}
+    found = {name: [] if leaves_folder(name) else images_in(folder / name) for name in class_names}
     if len(class_names) == 1 and not found[class_names[0]]:
         found = {class_names[0]: images_in(folder)}
     missing = [name for name, images in found.items() if not images]

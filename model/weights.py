@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Collection
 from pathlib import Path
 from textwrap import shorten
 from types import NoneType
@@ -146,17 +145,17 @@ def check_weights(state: dict, where: str) -> None:
             raise ValueError(f"{where}: '{name}' holds {value.dtype}; expected floating-point numbers.")
 
 
-def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: str, but: Collection[str] = ()) -> None:
+def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: str, but: str | None = None) -> None:
     """Raise ValueError, beginning with `where`, for the first key that is missing, unknown or of another shape.
 
-    Of those in `but` the shape may be any.
+    That of the key `but` may be any.
     """
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise ValueError(f"{where} lacks '{name}', shape {list(expected[name].shape)}.")
         if name not in expected:
             raise ValueError(f"{where} holds '{name}', which the model does not have.")
-        if expected[name].shape != found[name].shape and name not in but:
+        if expected[name].shape != found[name].shape and name != but:
             shapes = f"shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
             raise ValueError(f"{where} holds '{name}' of another size: {shapes}.")
 

@@ -196,6 +196,7 @@ def expect(kind: Any, content: object, path: Path) -> Any:
         first = error.errors(include_url=False, include_context=False)[0]
         place = f"'{shorten('.'.join(map(str, first['loc'])), 120)}'"
         said = {"missing": "is missing", "extra_forbidden": "is not known to this version"}
-        kind, value = type(first["input"]).__name__, shorten(repr(first["input"]), 60)
-        what = said.get(first["type"]) or f"{first['msg'].lower()}; found {value} ({kind})"
+        value, kind = first["input"], type(first["input"]).__name__
+        shown = shorten(repr(value), 60) if isinstance(value, (str, int, float)) else "one"
+        what = said.get(first["type"]) or f"{first['msg'].lower()}; found {shown} ({kind})"
         raise ValueError(f"{path}: {place} {what}.") from error

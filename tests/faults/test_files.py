@@ -177,6 +177,13 @@ def test_positions_of_another_shape_are_refused(backbone, tmp_path, shape):
         load_backbone("demo", clip_weights=tmp_path / "x.safetensors")
 
 
+def test_only_the_positions_of_images_may_have_another_shape(backbone, tmp_path):
+    state = backbone.clip.state_dict() | {"positional_embedding": torch.zeros(3)}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"'positional_embedding' of another size: shape \[3\]"):
+        load_backbone("demo", clip_weights=tmp_path / "x.pt")
+
+
 # checkpoints
 
 

@@ -12,6 +12,7 @@ import jinja2
 from PIL import Image
 
 from dataset.files import write_text
+from utils.files import safe_name
 from utils.report.curves import draw_training
 from utils.report.tables import block_title, notes, percent
 from utils.testing.bootstrap import CONFIDENCE
@@ -99,7 +100,7 @@ def write_report(chapters: list[Chapter]) -> Path:
     folders = dict.fromkeys(contender.checkpoint.folder for contender in contenders)
     trainings = [(folder, folder / "training.png") for folder in folders if (folder / "log.csv").is_file()]
     subject, names = contenders[-1], "_".join(chapter.comparison.data.name for chapter in chapters)
-    path = subject.checkpoint.folder / f"report_{names}.html"
+    path = subject.checkpoint.folder / f"report_{safe_name(names)}.html"
     content = environment.get_template(TEMPLATE.name).render(
         subject=subject.name,
         contenders=contenders,
