@@ -155,25 +155,27 @@ class Encoding(NamedTuple):
     det: Tensor | None
 
 
-def seen_features(model: CrossAttentionCLIP, features: VisualFeatures) -> VisualFeatures:
-    """What cross-attention looks at: the image itself, or with `image_context` "another" that before it in the batch.
+def seen_features(
+    model: CrossAttentionCLIP, features: VisualFeatures, other: Tensor | None, context: TextContext | None
+) -> VisualFeatures:
+    """What cross-attention looks at: `features` of the images themselves, or those of `other` images [B, 3, S, S].
 
-    Raises ValueError where there is no other.
+    Raises ValueError where the model looks at other images and there are none.
     """
-    if model.config.image_context != "another":
+    if not model.sees_another_image:
         return features
-    if len(features.det) < 2:
-        raise ValueError(
-            "--image_context another: an image alone in its batch has no other; choose another batch size."
-        )
-    patches = [level.roll(1, dims=0) for level in features.patches]
-    return VisualFeatures(patches, features.det.roll(1, dims=0), features.cls.roll(1, dims=0))
+    if other is None:
+        raise ValueError("--image_context another: the model looks at another image, and none was given.")
+    return model.visual(other, context)
 
 
 @torch.no_grad()
-def known_patches(model: CrossAttentionCLIP, images: Tensor, class_name: str, text: ClassText) -> list[Tensor]:
+def known_patches(
+    model: CrossAttentionCLIP, images: Tensor, class_name: str, text: ClassText, precision: str = "fp32"
+) -> list[Tensor]:
     """V1..V4 of images [K, 3, S, S] of a class that are known to be good, each [K * N, E]."""
-    features = model.visual(images, text.contexts([class_name] * len(images)))
+    with autocast(images.device, precision):
+        features = model.visual(images, text.contexts([class_name] * len(images)))
     return [level.flatten(0, 1) for level in features.patches]
 
 
@@ -191,15 +193,18 @@ def encode(
     text: ClassText,
     precision: str = "fp32",
     known: dict[str, list[Tensor]] | None = None,
+    other: Tensor | None = None,
 ) -> Encoding:
     """Images [B, 3, S, S] and their classes -> what Stage 2 and the test look at.
 
     Contexts carry no gradient: the image modules learn through the patches alone, the text modules through the prompts.
-    `known`: {class: `known_patches`}, which text cross-attention in the joint space sees beside the image.
+    `known`: {class: `known_patches`}, which text cross-attention in the joint space sees beside the image. `other`
+    [B, 3, S, S]: what a model of `image_context` "another" looks at instead of the images.
     """
     with autocast(images.device, precision):
-        features = model.visual(images, text.contexts(class_names))
-        seen = seen_features(model, features)
+        text_context = text.contexts(class_names)
+        features = model.visual(images, text_context)
+        seen = seen_features(model, features, other, text_context)
         context = None
         if model.prompts_see_image:
             frozen = model.config.image_context == "frozen"
@@ -224,8 +229,9 @@ def encode_stage1(
     vv_start: int,
     vv_across_batch: bool,
     precision: str = "fp32",
+    other: Tensor | None = None,
 ) -> Encoding:
-    """Images [B, 3, S, S] and their classes -> what Stage 1 looks at.
+    """Images [B, 3, S, S] and their classes -> what Stage 1 looks at; `other` as in `encode`.
 
     `features`: "frozen" gives the plain CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4
     of the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
@@ -238,7 +244,11 @@ def encode_stage1(
     needs_visual = features == "adapted" or (sees_image and not needs_frozen)
     with autocast(images.device, precision):
         with torch.no_grad():
-            visual = model.visual(images, text.contexts(class_names)) if needs_visual else None
+            visual = seen = None
+            if needs_visual:
+                text_context = text.contexts(class_names)
+                visual = model.visual(images, text_context)
+                seen = seen_features(model, visual, other, text_context)
             plain: dict[int, Tensor] = {}
             if features == "frozen":
                 surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch)
@@ -252,12 +262,12 @@ def encode_stage1(
             context = None
             if needs_frozen:
                 context = frozen_image_context(backbone, plain)
-            elif model.prompts_see_image and visual is not None:
-                context = image_context(seen_features(model, visual))
+            elif model.prompts_see_image and seen is not None:
+                context = image_context(seen)
         anchors = text.anchors(class_names, context)
     queries = keys = patches
-    if visual is not None:
-        queries, keys = visual.patches, seen_features(model, visual).patches
+    if visual is not None and seen is not None:
+        queries, keys = visual.patches, seen.patches
     return Encoding(patches, anchors, model.cosines(patches, anchors, queries, keys), None)
 
 
@@ -394,9 +404,13 @@ def predict(
     text: ClassText,
     precision: str = "fp32",
     known: dict[str, list[Tensor]] | None = None,
+    other: Tensor | None = None,
 ) -> Prediction:
-    """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this. `known` as in `encode`."""
-    encoding = encode(model, images, class_names, text, precision, known)
+    """Anomaly maps and scores of images [B, 3, S, S]; all that evaluates a model calls this.
+
+    `known` and `other` as in `encode`.
+    """
+    encoding = encode(model, images, class_names, text, precision, known, other)
     scale, domain, levels = model.backbone.scale, text.bank.domain, encoding.cosines.shape[1]
     maps = anomaly_map(encoding.cosines, scale, images.shape[-1], domain)
     detection_scores = (detection_cosines(encoding)[:, 1] + 1) / 2

@@ -11,7 +11,6 @@ how long that will take. What is trained already is not trained again: the same 
 """
 
 import argparse
-import csv
 import math
 import os
 import shlex
@@ -35,13 +34,13 @@ from benchmarks.speed import cases, measure
 from benchmarks.standin import standin_backbone
 from dataset.prepare import prepare
 from dataset.sets import open_all, open_dataset, result_name
-from model.adapter_cross_attention import ModelConfig, new_extension
+from model.adapter_cross_attention import ModelConfig, model_fields
 from model.weights import REPOSITORY
 from utils import arguments, checkpoints
 from utils.checkpoints import load_checkpoint
 from utils.cli import run_script
 from utils.errors import TrainingError, TrainingStoppedError
-from utils.files import write_csv
+from utils.files import read_csv, write_csv
 from utils.logs import progress
 from utils.options import at_least
 from utils.report.plots import save_figure
@@ -121,7 +120,8 @@ def parse_arguments() -> argparse.Namespace:
 def run_all(jobs: list[Job], side_by_side: int, bar: tqdm) -> None:
     """Run scripts of the repository, several at a time.
 
-    Raises TrainingError where one fails, and TrainingStoppedError, once all have saved their state, at a signal.
+    Raises TrainingError where one fails, and TrainingStoppedError at a signal, once all have ended: with their state
+    saved, or on Windows, where they are ended at once, with the state of their last save.
     """
     waiting, running = deque(jobs), dict[subprocess.Popen, Job]()
     with StopSignal() as stop:
@@ -198,14 +198,17 @@ def variant_job(args: argparse.Namespace, seed: int, variant: str) -> Job:
 
 
 def tested_files(args: argparse.Namespace, seed: int) -> dict[tuple[str, int], Path]:
-    """{(variant, loop): loop file} of all that is tested of a seed; the base is the longer base's loop_0.pth."""
+    """{(variant, loop): loop file} of all that is tested of a seed; the base is the longer base's loop_0.pth.
+
+    What is made of the base without training counts as loop 0, though its file cannot be called so.
+    """
     longer = run_folder(args, seed, CONTROL)
     files = {("base", 0): longer / "loop_0.pth"}
     for variant in args.variants:
         for loop in VARIANTS[variant][1]:
             files[variant, loop] = run_folder(args, seed, variant) / f"loop_{loop}.pth"
     for name, given in given_of(args).items():
-        files[name, max(given.loop, 1)] = run_folder(args, seed, name) / f"loop_{max(given.loop, 1)}.pth"
+        files[name, given.loop] = run_folder(args, seed, name) / f"loop_{max(given.loop, 1)}.pth"
     return files
 
 
@@ -214,14 +217,22 @@ def given_of(args: argparse.Namespace) -> dict[str, Given]:
     return {name: given for name, given in GIVEN.items() if given.variant in args.variants}
 
 
+def extension_of(args: argparse.Namespace, seed: int) -> dict:
+    """The fields of the model's extension as the default variant has them, whether it is trained or not."""
+    run = train_cross_attention.parse_arguments(variant_job(args, seed, DEFAULT).words)
+    config = train_cross_attention.make_plan(run, load_checkpoint(base_of(args, seed))).config
+    return {field.name: getattr(config, field.name) for field in model_fields(extension=True)}
+
+
 def write_given(args: argparse.Namespace, seed: int) -> None:
     """Write the models of `given_of` as loops of runs of their own."""
+    extension = extension_of(args, seed)
     for name, given in given_of(args).items():
         source, folder = run_folder(args, seed, given.variant), run_folder(args, seed, name)
         content = checkpoints.read(source / f"loop_{given.loop}.pth")
         model = content["config"]["model"]
         if given.untrained:
-            model |= new_extension("joint")
+            model |= extension
             levels = sum(key.startswith("seg_proj") for key in content["image_adapter"])
             for module in ("text_cross_attn", "image_cross_attn"):
                 content[module] = {"gate": torch.full((levels,), model[f"{module}_weight"])}
@@ -243,19 +254,25 @@ def test_job(args: argparse.Namespace, seed: int) -> Job:
 
 def read_results(args: argparse.Namespace, seed: int) -> list[dict]:
     """A row per model and data set: metrics, and the intervals over images of differences from the longer base."""
-    rows, columns = [], [*METRICS, *(f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high"))]
+    rows = []
+    intervals = [f"{name}_less_control_{end}" for name in METRICS for end in ("low", "high")]
     for dataset in args.dataset:
         for (variant, loop), path in tested_files(args, seed).items():
             head = {"dataset": result_name(dataset), "variant": variant, "loop": loop, "seed": seed}
-            rows.append(head | read_average(path.with_name(f"{path.stem}_{result_name(dataset)}.csv"), columns))
+            compared = intervals if variant != CONTROL and loop > 0 else []
+            average = read_average(path.with_name(f"{path.stem}_{result_name(dataset)}.csv"), [*METRICS, *compared])
+            rows.append(head | dict.fromkeys([*METRICS, *intervals], math.nan) | average)
     return rows
 
 
 def read_average(path: Path, columns: Iterable[str]) -> dict[str, float | str]:
-    """Of the average, the last row of a CSV of test.py: `columns`, NaN where undefined, and SEEN as it is."""
-    with open(path, newline="", encoding="utf-8") as file:
-        *_, average = csv.DictReader(file)
-    return {name: float(average.get(name) or "nan") for name in columns} | {SEEN: average[SEEN]}
+    """Of the average, the last row of a CSV of test.py: `columns`, NaN where undefined, and SEEN as it is.
+
+    Raises ValueError where one of them is not there.
+    """
+    columns = list(columns)
+    average = read_csv(path, [*columns, SEEN])[-1]
+    return {name: float(average[name] or "nan") for name in columns} | {SEEN: average[SEEN]}
 
 
 # how long it takes

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
-from typing import TypedDict
 
 import numpy as np
 import psutil
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
+from typing_extensions import NotRequired, TypedDict
 
 from dataset.images import read_record, size_on_disk
 from dataset.records import Record
@@ -87,6 +87,7 @@ class Item(TypedDict):
     """An image, transformed: `image` [3, S, S], `mask` [1, S, S], `label` 0 or 1.
 
     `has_mask`: normal images have one, all zero. `emptied`: resizing or augmentation left nothing of the defect.
+    `other` [3, S, S]: its partner, where the data set has partners.
     """
 
     image: Tensor
@@ -96,6 +97,7 @@ class Item(TypedDict):
     emptied: bool
     class_name: str
     path: str
+    other: NotRequired[Tensor]
 
 
 class Batch(TypedDict):
@@ -108,16 +110,25 @@ class Batch(TypedDict):
     emptied: Tensor
     class_name: list[str]
     path: list[str]
+    other: NotRequired[Tensor]
 
 
 class AnomalyDataset(Dataset[Item]):
     """Items of `records`; one that is augmented is asked for by (index, seed), and comes of that seed alone.
 
-    The global generator is neither used nor moved.
+    The global generator is neither used nor moved. `partners`: of each record, the one whose image comes with it.
     """
 
-    def __init__(self, folder: Path, records: list[Record], transform: Transform, cache: ImageCache | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        records: list[Record],
+        transform: Transform,
+        cache: ImageCache | None = None,
+        partners: dict[Record, Record] | None = None,
+    ):
         self.folder, self.records, self.transform, self.cache = folder, records, transform, cache
+        self.partners = partners
 
     def __len__(self) -> int:
         return len(self.records)
@@ -128,12 +139,14 @@ class AnomalyDataset(Dataset[Item]):
             raise ValueError(f"Item {index} is augmented, so it needs a seed: expected (index, seed), found an index.")
         record = self.records[index]
         path = self.folder / record.image_path
-        image, mask = self.cache.read(record) if self.cache else read_record(self.folder, record)
+        image, mask = self._read(record)
+        other = self._read(self.partners[record])[0] if self.partners else None
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
             pixels, target = self.transform(image, mask)
-        return {
+            partner = None if other is None else self.transform(other, None)[0]
+        item: Item = {
             "image": pixels,
             "mask": target,
             "label": record.label,
@@ -142,6 +155,12 @@ class AnomalyDataset(Dataset[Item]):
             "class_name": record.class_name,
             "path": str(path),
         }
+        if partner is not None:
+            item["other"] = partner
+        return item
+
+    def _read(self, record: Record) -> tuple[Image.Image, Image.Image | None]:
+        return self.cache.read(record) if self.cache else read_record(self.folder, record)
 
 
 class SeededSampler(Sampler[tuple[int, int]]):

@@ -175,6 +175,34 @@ def hold_out_classes(records: list[Record], count: int, seed: int) -> tuple[list
     return [r for r in records if r.class_name not in held], [r for r in records if r.class_name in held]
 
 
+def partners(records: list[Record], seed: int) -> dict[Record, Record]:
+    """Another image of its class for each record, drawn with `seed`; its label says nothing of the record's own.
+
+    The label is that of any image of the class, the record's own among them; where the class has no other image of that
+    label, any other is taken. Raises ValueError for a class of one image.
+    """
+    found, rng = {}, np.random.default_rng(seed)
+    groups = _groups(list(dict.fromkeys(records)))
+    for class_name in dict.fromkeys(record.class_name for record in records):
+        kinds = groups[class_name, 0], groups[class_name, 1]
+        members = kinds[0] + kinds[1]
+        if len(members) < 2:
+            raise ValueError(
+                f"--image_context another: class '{class_name}' has one image here, {members[0].image_path}."
+            )
+        for record in members:
+            kind = kinds[members[rng.integers(len(members))].label]
+            found[record] = _another(record, members if kind == [record] else kind, rng)
+    return found
+
+
+def _another(record: Record, group: list[Record], rng: np.random.Generator) -> Record:
+    other = record
+    while other == record:
+        other = group[rng.integers(len(group))]
+    return other
+
+
 def _groups(records: list[Record]) -> dict[tuple[str, int], list[Record]]:
     """{(class, label): records}; both labels of every class are there, so that an absent kind is seen."""
     groups: dict[tuple[str, int], list[Record]] = {

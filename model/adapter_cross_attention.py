@@ -84,7 +84,7 @@ class ModelConfig:
     image_cross_attn_weight: float = _flag("weight of its added term", 0.1, EXTENSION, without=_weights("image"))
     image_context: str = _flag(
         "the image that is seen: as the model sees it; with --cross_attn block also as the plain CLIP does; or, as a "
-        "control, another one, that before it in the batch",
+        "control, another image of its class",
         "adapted",
         EXTENSION,
         choices=("adapted", "frozen", "another"),
@@ -277,6 +277,11 @@ class CrossAttentionCLIP(AdaptedCLIP):
     def sees_known_images(self) -> bool:
         """Whether images that are known to be good make a difference to `cosines`."""
         return isinstance(self.text_cross_attn, NeighbourCrossAttention)
+
+    @property
+    def sees_another_image(self) -> bool:
+        """Whether the cross-attentions look at another image than the one that is judged."""
+        return self.config.image_context == "another" and bool(self.cross_attentions())
 
     @property
     def image_sees_prompts(self) -> bool:

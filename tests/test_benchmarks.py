@@ -84,21 +84,26 @@ def test_what_a_seed_trains_and_tests(monkeypatch, tmp_path):
     tested = list(variants.tested_files(args, 7))
     assert tested[:5] == [("base", 0), (CONTROL, 1), (CONTROL, 3), (DEFAULT, 1), (DEFAULT, 3)]
     assert tested[5:] == [
-        ("base, untrained joint", 1),
+        ("base, untrained joint", 0),
         ("longer base, untrained joint", 3),
         ("longer base, untrained joint, another image", 3),
         ("joint, another image", 3),
     ]
     assert list(variants.given_of(arguments_of(variants=[CONTROL]))) == list(variants.GIVEN)[:3]
-    for number, path in enumerate(variants.tested_files(args, 7).values()):
+    intervals = [f"{name}_less_control_{end}" for name in variants.METRICS for end in ("low", "high")]
+    for number, ((variant, loop), path) in enumerate(variants.tested_files(args, 7).items()):
         path.parent.mkdir(parents=True, exist_ok=True)
+        more = intervals if variant != CONTROL and loop else []
         with open(path.with_name(f"{path.stem}_MVTec.csv"), "w", newline="", encoding="utf-8") as file:
             others = [0.5] * (len(variants.METRICS) - 2)
-            lines = [["class", *variants.METRICS, variants.SEEN], ["bolt", 9, 9, *others, "True"]]
-            csv.writer(file).writerows([*lines, ["average", number, "", *others, "False"]])
+            lines = [["class", *variants.METRICS, *more, variants.SEEN], ["bolt", 9, 9, *others, *more, "True"]]
+            csv.writer(file).writerows([*lines, ["average", number, "", *others, *[0.1] * len(more), "False"]])
     found = variants.read_results(args, 7)
+    assert [one[intervals[0]] == 0.1 for one in found] == [False, False, False, True, True, False, True, True, True]
     assert [one["pixel_auroc"] for one in found] == [*range(9)] and found[0][variants.SEEN] == "False"
     assert math.isnan(found[0]["pixel_ap"]) and found[0]["image_ap"] == 0.5 and found[0]["dataset"] == "MVTec"
+    with pytest.raises(ValueError, match="no column gain"):
+        variants.read_average(path.with_name(f"{path.stem}_MVTec.csv"), ["pixel_ap", "gain"])
 
 
 def test_time_is_estimated_for_the_model_of_the_base(base, data_root, monkeypatch, tmp_path):
@@ -118,7 +123,8 @@ def test_a_longer_base_is_given_open_gates(scripts, base, monkeypatch, tmp_path)
     monkeypatch.setattr(variants, "REPOSITORY", tmp_path)
     given = {"base, untrained joint": Given(CONTROL, 0, True), "another image": Given(CONTROL, 1, True, "another")}
     monkeypatch.setattr(variants, "GIVEN", given)
-    args = arguments_of()
+    (tmp_path / "x.args").write_text("--text_cross_attn_weight 0.2", encoding="utf-8")
+    args = arguments_of(recipe=tmp_path / "x.args", resume=base, train_dataset="small")
     longer = variants.run_folder(args, 0, CONTROL)
     off = ["--feedback", "off", *variants.NO_MODULES, "--loops", "1", "--save_path", longer]
     small = ["--dataset", "small", "--device", "cpu", *EPOCHS]
@@ -128,7 +134,7 @@ def test_a_longer_base_is_given_open_gates(scripts, base, monkeypatch, tmp_path)
         path = variants.run_folder(args, 0, name) / "loop_1.pth"
         found, source = tensors(path), tensors(longer / f"loop_{loop}.pth")
         assert load_checkpoint(path).model["image_context"] == image_context
-        assert torch.equal(found["text_cross_attn.gate"], torch.full((4,), 0.3))
+        assert torch.equal(found["text_cross_attn.gate"], torch.full((4,), 0.2))
         assert torch.equal(found["image_cross_attn.gate"], torch.full((4,), 1.0))
         assert all(torch.equal(found[key], value) for key, value in source.items())
         assert scripts("test", "--ckpt", path, "--dataset", "small", "--device", "cpu", "--resamples", "20") == 0

@@ -1,5 +1,6 @@
 """Checkpoint files: AA-CLIP's base, loop files, and what is said of wrong ones."""
 
+import csv
 import logging
 import re
 import shutil
@@ -52,6 +53,29 @@ def test_loop_files_hold_all_that_they_should(run, base):
         assert not zero[f"{name}.gate"].any() and (tensors(run / "loop_1.pth")[f"{name}.gate"] > 0).all()
     for key, value in tensors(base).items():
         assert torch.equal(zero[key], value)
+
+
+def test_another_image_is_the_same_in_every_batch(scripts, base, data_root, tmp_path, capsys):
+    flags = ["--dataset", "small", "--device", "cpu", *EPOCHS, "--image_context", "another", "--val_fraction", "0.4"]
+    path = tmp_path / "x" / "loop_1.pth"
+    assert scripts("train_cross_attention", *flags, "--resume", base, "--loops", "1", "--save_path", path.parent) == 0
+    test, scores = ["test", "--ckpt", path, "--dataset", "small", "--device", "cpu"], []
+    for size in ("1", "7"):
+        assert scripts(*test, "--resamples", "5", "--batch_size", size) == 0
+        with open(path.with_name("loop_1_small_images.csv"), newline="", encoding="utf-8") as file:
+            scores.append([float(row["single_score"]) for row in csv.DictReader(file)])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scripts(*test, "--class_name", "candle", "--image_idx", "3") == 0
+    images = data_root / "small" / "candle"
+    assert scripts("predict", "--ckpt", path, "--images", images, "--save_path", tmp_path / "out") == 2
+    assert "a control, which looks at another image of a data set" in capsys.readouterr().err
+
+
+def test_a_learning_rate_of_what_does_not_learn_is_refused(scripts, base, tmp_path, capsys):
+    command = ["train_cross_attention", "--dataset", "small", "--resume", base, "--save_path", tmp_path / "x"]
+    assert scripts(*command, "--image_cross_attn_lr", "1e-3", "--dry_run") == 2
+    assert "--image_cross_attn_lr: cross-attention in the joint space has no weights" in capsys.readouterr().err
+    assert scripts(*command, "--image_cross_attn_lr", "1e-3", "--cross_attn", "block", "--dry_run") == 0
 
 
 def test_loop_files_that_name_no_placement_are_of_block(scripts, base, tmp_path):

@@ -10,9 +10,28 @@ from pathlib import Path
 import pytest
 
 from dataset.constants import DATA_SETS, class_prompts, describe_class
-from dataset.records import Record, few_shot, hold_out, hold_out_classes, read_records, write_records
+from dataset.records import Record, few_shot, hold_out, hold_out_classes, partners, read_records, write_records
 from dataset.sets import canonical_name, draw_few_shot, open_all, open_dataset, result_name
 from tests.conftest import listing, write_small_dataset
+
+
+def test_the_label_of_a_partner_says_nothing_of_the_own():
+    # In turns, as lists often have them; three of four images of the nut are normal.
+    bolts = [Record(f"bolt/{number}.png", number % 2, "bolt") for number in range(2000)]
+    nuts = [Record(f"nut/{number}.png", int(number % 4 == 0), "nut") for number in range(2000)]
+    found = partners(bolts + nuts, 1)
+    assert found == partners(bolts + nuts, 1) != partners(bolts + nuts, 2)
+    assert found.keys() == {*bolts, *nuts}
+    assert all(other != record and other.class_name == record.class_name for record, other in found.items())
+    for members, share in ((bolts, 0.5), (nuts, 0.25)):
+        for label in (0, 1):
+            labels = [found[record].label for record in members if record.label == label]
+            # Six standard deviations of a mean of 500 or more.
+            assert abs(sum(labels) / len(labels) - share) < 6 * (0.25 / len(labels)) ** 0.5
+    lonely = [Record("a.png", 0, "nut"), Record("b.png", 1, "nut")]
+    assert partners(lonely, 0) == {lonely[0]: lonely[1], lonely[1]: lonely[0]}
+    with pytest.raises(ValueError, match=r"class 'nut' has one image here, a\.png"):
+        partners([lonely[0], lonely[0]], 0)
 
 
 def test_prompts_are_the_published_ones():

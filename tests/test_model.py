@@ -271,13 +271,14 @@ def test_the_joint_space_by_its_formulas(backbone):
         assert torch.allclose(found.det[image], expected, atol=1e-4)
 
 
-def test_another_image_is_that_before_it_in_the_batch(backbone):
+def test_another_image_is_looked_at_instead(backbone):
     model = joint_model(backbone)
     text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
     images, classes = standin_images(3, 64), ["candle"] * 3
     own = encode(model, images, classes, text)
     model.config = replace(model.config, image_context="another")
-    found = encode(model, images, classes, text)
+    other = images.roll(1, dims=0)
+    found = encode(model, images, classes, text, other=other)
     gate, last = model.text_cross_attn.gate[0], found.patches[0][2]
     nearest = torch.stack([last[[n for n in range(len(last)) if n != place]] for place in range(len(last))])
     likeness = (nearest @ found.patches[0][0].unsqueeze(-1)).squeeze(-1).topk(NEIGHBOURS).values.mean(dim=-1)
@@ -286,10 +287,10 @@ def test_another_image_is_that_before_it_in_the_batch(backbone):
     det = model.visual(images).det
     assert torch.allclose(found.det[0] - det[0], own.det[2] - det[2], atol=1e-4)
     assert torch.equal(found.cosines[..., 1], own.cosines[..., 1])
-    first = encode_stage1(model, images, classes, text, "adapted", backbone.default_vv_start, True)
+    first = encode_stage1(model, images, classes, text, "adapted", backbone.default_vv_start, True, other=other)
     assert torch.allclose(first.cosines, found.cosines, atol=1e-5)
-    with pytest.raises(ValueError, match="an image alone in its batch has no other"):
-        encode(model, images[:1], classes[:1], text)
+    with pytest.raises(ValueError, match="looks at another image, and none was given"):
+        encode(model, images, classes, text)
 
 
 def test_known_good_images_join_what_a_patch_is_compared_with(backbone):

@@ -98,15 +98,23 @@ class Detector:
         for name, paths in normal_images.items():
             pixels = (transform(read_image(path), None)[0][None] for path in paths)
             seen = [
-                known_patches(self.model, image.to(self.model.backbone.device), name, self.text) for image in pixels
+                known_patches(self.model, image.to(self.model.backbone.device), name, self.text, self.precision)
+                for image in pixels
             ]
             known[name] = [torch.cat(level) for level in zip(*seen, strict=True)]
         return replace(self, known=known)
 
-    def predict(self, images: Tensor, class_names: list[str], paths: list[str]) -> Prediction:
-        """Maps and scores of normalised pixels [B, 3, S, S]. Raises ValueError that names one whose are not finite."""
+    def predict(
+        self, images: Tensor, class_names: list[str], paths: list[str], other: Tensor | None = None
+    ) -> Prediction:
+        """Maps and scores of normalised pixels [B, 3, S, S]; `other` as in `encode`.
+
+        Raises ValueError that names an image whose map or score is not finite.
+        """
         pixels = images.to(self.model.backbone.device, non_blocking=True)
-        found = predict(self.model, pixels, class_names, self.text, self.precision, self.known)
+        if other is not None:
+            other = other.to(pixels.device, non_blocking=True)
+        found = predict(self.model, pixels, class_names, self.text, self.precision, self.known, other)
         finite = found.maps.flatten(1).isfinite().all(dim=1) & found.detection_scores.isfinite()
         for path, fine in zip(paths, finite.tolist(), strict=True):
             if not fine:
@@ -144,9 +152,18 @@ class Detector:
 def load_detectors(
     paths: list[Path], class_name: str, domain: str, loader: ModelLoader, precision: str
 ) -> list[Detector]:
-    """Detectors of all checkpoints that `paths` name, on one backbone, for images of one class."""
+    """Detectors of all checkpoints that `paths` name, on one backbone, for images of one class.
+
+    Raises ValueError for a model that looks at another image than the one that it judges.
+    """
     checkpoints = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
     models = [loader(checkpoint) for checkpoint in checkpoints]
+    for checkpoint, model in zip(checkpoints, models, strict=True):
+        if model.sees_another_image:
+            raise ValueError(
+                f"{checkpoint.path}: a control, which looks at another image of a data set (--image_context another). "
+                "test.py tests it; for single images take a model without this flag."
+            )
     description, _ = describe_class("", class_name)
     bank = PromptBank(loader.backbone, {class_name: description}, domain)
     return [
@@ -172,7 +189,7 @@ def judge_batches(
     Raises ValueError that names an image where a prediction is not finite.
     """
     for batch in batches:
-        parts = batch["image"], batch["class_name"], batch["path"]
+        parts = batch["image"], batch["class_name"], batch["path"], batch.get("other")
         yield batch, [detector.predict(*parts) for detector in detectors]
         after_batch()
 

@@ -139,7 +139,7 @@ def draw_loops(comparison: Comparison) -> Path | None:
 def _draw_attention(detector: Detector, batch: Batch, example: Example, title: str, stem: Path) -> list[Path]:
     """Where the cross-attentions look, as far as the model has them."""
     model, bank, class_name = detector.model, detector.text.bank, batch["class_name"][0]
-    weights = attention_weights(detector, batch["image"], class_name)
+    weights = attention_weights(detector, batch["image"], class_name, batch.get("other"))
     if model.config.cross_attn == "joint":
         return _draw_joint_attention(weights, model.backbone.grid, example, title, stem)
     prompts = class_prompts(bank.descriptions[class_name])
@@ -192,8 +192,12 @@ def prompts_on_patches(weights: Tensor, lengths: list[int], grid: int) -> tuple[
 
 
 @torch.no_grad()
-def attention_weights(detector: Detector, image: Tensor, class_name: str) -> dict[str, Tensor]:
+def attention_weights(
+    detector: Detector, image: Tensor, class_name: str, other: Tensor | None = None
+) -> dict[str, Tensor]:
     """What the cross-attentions of a model look at in one image [1, 3, S, S], by the module's name; none that are off.
+
+    `other` as in `encode`.
 
     In the joint space both are [levels, patches]. After block 0 `text_cross_attn` is [P*L, patches + 1], CLS last, and
     `image_cross_attn` [1 + patches, P*L], CLS first.
@@ -206,7 +210,9 @@ def attention_weights(detector: Detector, image: Tensor, class_name: str) -> dic
 
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
     try:
-        encode(model, image.to(model.backbone.device), [class_name], detector.text)
+        device = model.backbone.device
+        other = None if other is None else other.to(device)
+        encode(model, image.to(device), [class_name], detector.text, other=other)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.loading import AnomalyDataset, Batch, make_loader
-from dataset.records import Record
+from dataset.records import Record, partners
 from dataset.sets import DataSet
 from dataset.transforms import Transform
 from forward_utils_cross_attention import Prediction, PromptBank
@@ -58,7 +58,10 @@ class Bench:
         num_workers: int | None = None,
     ) -> Iterator[tuple[Batch, list[Prediction]]]:
         """Batches of `records`, and every contender's predictions on them; see `judge_batches`."""
-        images = AnomalyDataset(self.data.folder, records, self._transform)
+        others = None
+        if any(contender.model.sees_another_image for contender in contenders):
+            others = partners(self.records, seed=0)
+        images = AnomalyDataset(self.data.folder, records, self._transform, partners=others)
         workers = self.batching.num_workers if num_workers is None else num_workers
         batches = make_loader(images, self.batching.batch_size, workers)
         return judge_batches([self.detector(contender) for contender in contenders], batches, after_batch)

@@ -1,13 +1,13 @@
 """The images of a run: opened, drawn, held out, checked and, where they shall be, kept in memory."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.images import check_files
 from dataset.loading import AnomalyDataset, ImageCache, cache_images
 from dataset.prepare import prepare
-from dataset.records import Record, digest, hold_out, hold_out_classes
+from dataset.records import Record, digest, hold_out, hold_out_classes, partners
 from dataset.sets import draw_few_shot, open_dataset
 from dataset.transforms import Transform
 from utils.settings import Settings
@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """Records to train on and, with `--val_fraction` or `--val_classes`, those held out.
 
-    `cache` holds the images of both, None where every epoch reads the files; the rest as in `dataset.sets.DataSet`.
+    `cache` holds the images of both, None where every epoch reads the files. `partners`: which other image each is
+    seen with, None where it is seen alone. The rest as in `dataset.sets.DataSet`.
     """
 
     folder: Path
@@ -28,6 +29,7 @@ class TrainingData:
     held_out: list[Record]
     descriptions: dict[str, str]
     cache: ImageCache | None = None
+    partners: dict[Record, Record] | None = None
 
     @property
     def summary(self) -> dict:
@@ -37,7 +39,11 @@ class TrainingData:
 
     def images(self, records: list[Record], transform: Transform) -> AnomalyDataset:
         """Some of the records as items for batches."""
-        return AnomalyDataset(self.folder, records, transform, self.cache)
+        return AnomalyDataset(self.folder, records, transform, self.cache, self.partners)
+
+    def with_partners(self, seed: int) -> "TrainingData":
+        """The same, each image with another of its part. Raises ValueError where there is none."""
+        return replace(self, partners=partners(self.train, seed) | partners(self.held_out, seed))
 
 
 def load_training_data(

@@ -165,6 +165,12 @@ def describe_plan(plan: Plan) -> str:
     """A plan as text: what trains where, the stages in order, and the files it will write."""
     settings, config = plan.settings, plan.config
     model = CrossAttentionCLIP(empty_backbone(config.model_name, config.img_size), config)
+    for name, module in model.cross_attentions().items():
+        if getattr(settings, f"{name}_lr") is not None and not _count(module):
+            raise ValueError(
+                f"--{name}_lr: cross-attention in the joint space has no weights that learn, its gates are opened. "
+                "Leave the flag out, or give --cross_attn block."
+            )
     rows = trainable_parts(model)
     width = max(len(part) for _, part, _, _ in rows)
     lines = [_paragraph("Model", asdict(config)), _paragraph("Settings", asdict(settings)), "", "Trainable modules"]

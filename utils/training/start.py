@@ -33,6 +33,8 @@ def start(
     data = load_training_data(plan.settings, machine.data_root, config.img_size, in_memory, machine.follow_links)
     backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, machine.clip_weights)
     model = build_model(config, backbone, checkpoint, machine.device, plan.settings.seed)
+    if model.sees_another_image:
+        data = data.with_partners(plan.settings.seed)
     trainer = Trainer(model, data, plan, state, machine.num_workers, open_board)
     if state:
         check_clip(state["clip_sha256"], backbone, f"{plan.folder}: this run has CLIP weights of SHA-256")

@@ -202,6 +202,7 @@ class Trainer:
         """Loss of the stage on a batch, and its terms without gradient."""
         settings, model = self.settings, self.model
         images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
+        other = batch["other"].to(self.device, non_blocking=True) if "other" in batch else None
         target = {
             "mask": batch["mask"].to(self.device, non_blocking=True),
             "label": batch["label"].to(self.device, non_blocking=True),
@@ -210,12 +211,12 @@ class Trainer:
         if stage.features is not None:  # Stage 1, which looks at something
             across_batch = settings.vv_attention == "batch"
             encoding = encode_stage1(
-                model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision
+                model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision, other
             )
             levels, norm_weight = settings.stage1_levels, settings.text_norm_weight
             loss, terms = stage1_loss(encoding, model.backbone.scale, target, levels, norm_weight)
         else:
-            encoding = encode(model, images, class_names, text, settings.precision)
+            encoding = encode(model, images, class_names, text, settings.precision, other=other)
             loss, terms = stage2_loss(encoding, model.backbone.scale, target, settings.det_temperature)
         anchors = encoding.anchors
         # 0 where the normal and the abnormal anchor are one, 1 where they are orthogonal.
