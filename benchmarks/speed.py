@@ -19,6 +19,7 @@ from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
     ClassText,
     PromptBank,
+    autocast,
     encode,
     encode_stage1,
     predict,
@@ -34,6 +35,7 @@ from model.adapter_cross_attention import (
     new_extension,
 )
 from model.backbone import Backbone, clip_config, default_adapters
+from utils.arguments import DEFAULT_PRECISION, PRECISION
 
 PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -53,7 +55,9 @@ def make_model(backbone: Backbone, placement: str, text: bool, image: bool) -> C
     return model
 
 
-def cases(backbone: Backbone, batch_size: int, placement: str) -> dict[str, Callable[[], None]]:
+def cases(
+    backbone: Backbone, batch_size: int, placement: str, precision: str = "fp32"
+) -> dict[str, Callable[[], None]]:
     """{what: one call of it}."""
     size, device = backbone.img_size, backbone.device
     images = standin_images(batch_size, size).to(device)
@@ -77,10 +81,10 @@ def cases(backbone: Backbone, batch_size: int, placement: str) -> dict[str, Call
             both.set_stage(stage)
             optimizer.zero_grad(set_to_none=True)
             if looks_at:
-                encoding = encode_stage1(both, images, classes, text, looks_at, vv_start, True)
+                encoding = encode_stage1(both, images, classes, text, looks_at, vv_start, True, precision)
                 loss, _ = stage1_loss(encoding, backbone.scale, batch, "all", 0.1)
             else:
-                loss, _ = stage2_loss(encode(both, images, classes, text), backbone.scale, batch, 1)
+                loss, _ = stage2_loss(encode(both, images, classes, text, precision), backbone.scale, batch, 1)
             loss.backward()
             optimizer.step()
 
@@ -91,12 +95,12 @@ def cases(backbone: Backbone, batch_size: int, placement: str) -> dict[str, Call
 
         def run() -> None:
             model.set_stage(None)
-            predict(model, images, classes, text)
+            predict(model, images, classes, text, precision)
 
         return run
 
     def plain() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, precision):
             backbone.clip.encode_image(images)
 
     return {
@@ -146,9 +150,11 @@ def main() -> None:
     parser.add_argument("--cross_attn", default="joint", choices=tuple(PLACEMENTS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=PRECISION["choices"], default=DEFAULT_PRECISION)
     args = parser.parse_args()
     device = torch.device(args.device)
-    runs = cases(standin_backbone(args.model_name, args.img_size).to(device), args.batch_size, args.cross_attn)
+    backbone = standin_backbone(args.model_name, args.img_size).to(device)
+    runs = cases(backbone, args.batch_size, args.cross_attn, args.precision)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     # Round after round, so that a machine that slows down does so for all.
     for _ in tqdm(range(args.repeats + 1), desc="rounds", disable=None):
@@ -159,7 +165,9 @@ def main() -> None:
         name: [statistics.median(column) for column in zip(*values[1:], strict=True)] for name, values in found.items()
     }
     unit = next(iter(rows.values()))[0]
-    print(f"{args.model_name}, {args.img_size} px, batch {args.batch_size}, {device}, fp32, {args.repeats} rounds")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    what = f"{args.model_name}, {args.img_size} px, batch {args.batch_size}, {args.precision}"
+    print(f"{what}, {where}, {args.repeats} rounds")
     for name, (seconds, memory) in rows.items():
         print(f"  {name:36} {seconds:8.3f} s  {seconds / unit:6.2f} units  peak {memory:5.2f} GiB")
 

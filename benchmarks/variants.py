@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's, or the default")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2, 3, 4], help="of the runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to train")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes side by side; on a CPU one core each")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes side by side, which share the CPU cores")
     arguments.add_run_arguments(parser)
     parser.set_defaults(data_root=None, device=None, precision=None)
     args = parser.parse_args()
@@ -129,7 +129,7 @@ def run_all(jobs: list[Job], side_by_side: int, bar: tqdm) -> None:
             while (waiting or running) and not stop.received:
                 while waiting and len(running) < side_by_side:
                     job = waiting.popleft()
-                    running[_begin(job, alone=side_by_side == 1)] = job
+                    running[_begin(job, side_by_side)] = job
                 for process in [process for process in running if process.poll() is not None]:
                     job = running.pop(process)
                     if process.returncode:
@@ -146,11 +146,12 @@ def run_all(jobs: list[Job], side_by_side: int, bar: tqdm) -> None:
         raise TrainingStoppedError("Stopped. The same command goes on from here.")
 
 
-def _begin(job: Job, alone: bool) -> subprocess.Popen:
+def _begin(job: Job, side_by_side: int) -> subprocess.Popen:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPOSITORY / f"{job.script}.py"), *job.words]
     # Threads that wait for each other by spinning hold up whatever else runs.
-    threads = {} if alone else {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    share = max(1, (os.cpu_count() or 1) // side_by_side)
+    threads = {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"} if side_by_side > 1 else {}
     with open(job.log, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
 
@@ -291,7 +292,7 @@ def estimate(args: argparse.Namespace) -> float:
         plan = train_cross_attention.make_plan(run, None)
         base_stages, config = base.stages, base.config
     machine = arguments.machine_of(run)
-    seconds = seconds_of_steps(config, machine.device)
+    seconds = seconds_of_steps(config, machine.device, plan.settings.precision)
     prepare(plan.settings.dataset, machine.data_root)
     count = len(open_dataset(plan.settings.dataset, machine.data_root).records)
 
@@ -313,11 +314,11 @@ def step_of(stage: Stage) -> str:
     return "Stage 1 step, loop 1" if stage.loop == 1 else "Stage 1 step, later loops"
 
 
-def seconds_of_steps(config: ModelConfig, device: torch.device) -> dict[str, float]:
+def seconds_of_steps(config: ModelConfig, device: torch.device, precision: str) -> dict[str, float]:
     """{what `benchmarks.speed` measures: seconds per image}, of the second call of each."""
     backbone, batch = standin_backbone(config.model_name, config.img_size).to(device), 2
     seconds = {}
-    for name, step in cases(backbone, batch, DEFAULT).items():
+    for name, step in cases(backbone, batch, DEFAULT, precision).items():
         step()
         taken, _ = measure(step, device)
         seconds[name] = taken / batch

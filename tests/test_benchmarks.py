@@ -111,7 +111,7 @@ def test_time_is_estimated_for_the_model_of_the_base(base, data_root, monkeypatc
     measured = []
     names = [*(f"Stage 1 step, {when}" for when in ("loop 1", "later loops")), "Stage 2 step"]
     seconds = dict.fromkeys([*names, "evaluation, both cross-attentions"], 1.0)
-    monkeypatch.setattr(variants, "seconds_of_steps", lambda config, device: measured.append(config) or seconds)
+    monkeypatch.setattr(variants, "seconds_of_steps", lambda config, *_: measured.append(config) or seconds)
     args = arguments_of(resume=base, recipe=tmp_path / "x.args", base_recipe=None, dataset=["small"], domain=None)
     vars(args).update(data_root=data_root, train_dataset=None, seeds=[0, 1])
     # Two seeds of two variants, 3 loops of 2 + 3 epochs of 20 images; 9 models tested on 20.
