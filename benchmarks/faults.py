@@ -266,7 +266,7 @@ def ways_to_die(events: list[str], seconds: float, kills: int, rng: random.Rando
             if turn == 0 or events[number].startswith(WRITTEN):
                 deaths[f"event {number}, {events[number]}{', half of it' if half else ''}"] = at_event(number, half)
     chosen = dict(list(deaths.items())[: (kills + 1) // 2])
-    for _ in range(kills - len(chosen)):
+    while len(chosen) < kills:
         delay = rng.uniform(0, seconds)
         chosen[f"after {delay:.4f} s"] = after_seconds(delay)
     return chosen
