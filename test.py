@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from dataset.commands import show
+from dataset.images import check_files
 from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
@@ -151,6 +152,8 @@ def main() -> None:
         for data in data_sets:
             show(list_images(data, args.class_name))
         return
+    for data in data_sets:
+        check_files(data.folder, data.records)
     if not args.ckpt:
         raise ValueError("--ckpt is needed: loop files, run folders or base models.")
     if args.image_idx is not None:

@@ -38,7 +38,7 @@ import train_cross_attention
 from benchmarks.faults import WORDS as TRAINING
 from benchmarks.faults import finish, forked, small_data
 from benchmarks.standin import Scripted
-from dataset.images import read_image, read_mask, size_on_disk
+from dataset.images import read_defect, read_image, size_on_disk
 from dataset.layouts import visa
 from dataset.records import check_paths, digest, read_records
 from model.backbone import load_backbone
@@ -302,7 +302,7 @@ class Readers:
         """As images and masks are read."""
         number, changes = chosen
         self.file.write_bytes(edited(self.images[number], changes))
-        for read in (read_image, read_mask, size_on_disk):
+        for read in (read_image, read_defect, size_on_disk):
             with contextlib.suppress(ValueError):
                 read(self.file)
         read_image(self.file)

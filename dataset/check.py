@@ -3,22 +3,22 @@
     python -m dataset.check VisA MVTec --data_root DIR
 
 Numbers of images that are not the published ones, missing and unreadable files, masks of another size than their
-image, empty masks of anomalous images, masks of normal images, and the same image twice: within a data set, in two of
-those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Nothing is
-written. Exit code 0: nothing found; 1: see the list; 2: no such data set.
+image, masks that are grey around their edges, empty masks of anomalous images, masks of normal images, and the same
+image twice: within a data set, in two of those named (training and test data, say), and in the train and the test split
+of an MVTec-like tree. Nothing is written. Exit code 0: nothing found; 1: see the list; 2: no such data set.
 """
 
 import argparse
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataset.commands import make_parser, run_command, show
-from dataset.images import read_image, read_mask_pixels
+from dataset.images import cut_words, read_image, read_mask_pixels
 from dataset.layouts import train_images
 from dataset.records import Record, link_target, read_entries
 from dataset.sets import Place, count_differences, find_dataset, list_folder
@@ -32,6 +32,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass
+class Look:
+    """What was seen of one entry: what is wrong, what tells its image from others, its masks (0 or 1), and if cut."""
+
+    problems: list[str] = field(default_factory=list)
+    pixels: str | None = None
+    masks: int = 0
+    cut: bool = False
+
+
 class Finder:
     """Looks at images one by one; what it finds is in `problems`, and how often an image was seen in `places`."""
 
@@ -40,44 +50,46 @@ class Finder:
         self.problems: list[str] = []
         self.places: dict[str, list[Path]] = {}
 
-    def look(self, folder: Path, entry: dict) -> tuple[list[str], str | None]:
-        """Problems of one entry, and what tells its image from others; safe to run in threads."""
-        path = folder / entry["image_path"]
+    def look(self, folder: Path, entry: dict) -> Look:
+        """One entry; safe to run in threads."""
+        path, look = folder / entry["image_path"], Look()
         for part in ("image_path", "mask_path"):
             if entry.get(part) and not self.follow_links and (target := link_target(folder, entry[part])):
-                return [f"link out of the data set's folder: {folder / entry[part]} -> {target}"], None
+                look.problems.append(f"link out of the data set's folder: {folder / entry[part]} -> {target}")
+                return look
         if not path.is_file():
-            return [f"missing image: {path}"], None
+            look.problems.append(f"missing image: {path}")
+            return look
         try:
             image = read_image(path)
         except ValueError as error:
-            return [f"unreadable image: {error}"], None
-        problems = list(self.mask_problems(folder, entry, image.size))
-        pixels = hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).hexdigest()
-        return problems, pixels
+            look.problems.append(f"unreadable image: {error}")
+            return look
+        if entry["mask_path"] is not None:
+            self.look_at_mask(folder / entry["mask_path"], bool(entry["label"]), image.size, look)
+        look.pixels = hashlib.blake2b(image.tobytes(), key=repr(image.size).encode()).hexdigest()
+        return look
 
-    def mask_problems(self, folder: Path, entry: dict, size: tuple[int, int]) -> Iterator[str]:
-        """What is wrong with the mask of an entry whose image is of `size` (width, height) in pixels."""
-        if entry["mask_path"] is None:
-            return
-        path = folder / entry["mask_path"]
+    def look_at_mask(self, path: Path, anomalous: bool, size: tuple[int, int], look: Look) -> None:
+        """The mask of an image of `size` (width, height) in pixels."""
         if not path.is_file():
             # Some published lists name masks of normal images that were never there.
-            if entry["label"]:
-                yield f"missing mask: {path}"
+            if anomalous:
+                look.problems.append(f"missing mask: {path}")
             return
         try:
-            mask = read_mask_pixels(path)
+            mask, look.cut = read_mask_pixels(path)
         except ValueError as error:
-            yield f"unreadable mask: {error}"
+            look.problems.append(f"unreadable mask: {error}")
             return
         height, width = mask.shape
+        look.masks = 1
         if (width, height) != size:
-            yield f"size mismatch: {path} is {width} x {height}, its image {size[0]} x {size[1]}"
-        if entry["label"] and not mask.any():
-            yield f"empty mask of an anomalous image: {path}"
-        if not entry["label"] and mask.any():
-            yield f"mask of a normal image: {path}"
+            look.problems.append(f"size mismatch: {path} is {width} x {height}, its image {size[0]} x {size[1]}")
+        if anomalous and not mask.any():
+            look.problems.append(f"empty mask of an anomalous image: {path}")
+        if not anomalous and mask.any():
+            look.problems.append(f"mask of a normal image: {path}")
 
     def run(self, place: Place) -> None:
         """Look at all images of a data set, and at those of the train splits beside it."""
@@ -91,10 +103,13 @@ class Finder:
         with ThreadPoolExecutor() as pool:
             looked = pool.map(lambda entry: self.look(place.folder, entry), entries)
             bar = tqdm(looked, total=len(entries), desc=place.name, unit="image", disable=None)
-            for entry, (problems, pixels) in zip(entries, bar, strict=True):
-                self.problems += problems
-                if pixels:
-                    self.places.setdefault(pixels, []).append(place.folder / entry["image_path"])
+            looks = list(bar)
+        for entry, look in zip(entries, looks, strict=True):
+            self.problems += look.problems
+            if look.pixels:
+                self.places.setdefault(look.pixels, []).append(place.folder / entry["image_path"])
+        if cut := sum(look.cut for look in looks):
+            self.problems.append(f"grey masks: {place.name}, {cut_words(cut, sum(look.masks for look in looks))}")
 
     def repeated(self) -> list[str]:
         """A line for every image that was seen more than once."""

@@ -1,10 +1,14 @@
 """Image and mask files, read as people see them, and checked."""
 
+import logging
+import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -12,12 +16,16 @@ from tqdm import tqdm
 
 from dataset.records import Record
 
+logger = logging.getLogger(__name__)
+
 # What is tried, whatever a file is called: others are no photographs, have decoders that few test, or, as EPS, start
 # another program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
 Image.init()  # else Pillow knows only some of them
 # Pixels that are converted at a time, so that what lies between takes little memory.
 BAND = 1 << 22
+# Masks whose brightest value is less hold numbers of labels.
+DARK = 96
 
 # EXIF's orientations, in the order of their numbers from 2 on.
 TURNS = (
@@ -103,24 +111,58 @@ def _band_to_rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_mask_pixels(path: Path) -> np.ndarray:
-    """Which pixels of a mask [height, width] are not black (transparent ones are). Raises ValueError if unreadable."""
+class MaskPixels(NamedTuple):
+    """Which pixels of a mask are defect, [height, width]; `cut`: those brighter than half, as of a lossy file."""
+
+    defect: np.ndarray
+    cut: bool
+
+
+def read_mask_pixels(path: Path) -> MaskPixels:
+    """The pixels of a mask: what is not black is defect (transparent pixels are black), where it is not `is_lossy`.
+
+    Raises ValueError if the file is unreadable.
+    """
     with _opened(path, "a mask") as image:
         mask = _turned(image)
         # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
         if mask.mode[0] in "IF":
-            return np.asarray(mask) != 0
-        return np.asarray(_to_rgb(mask, "black")).max(axis=-1) > 0
+            return MaskPixels(np.asarray(mask) != 0, False)
+        labels, compressed = mask.mode in ("1", "P"), image.format == "JPEG"
+        values = np.asarray(_to_rgb(mask, "black")).max(axis=-1)
+    # A JPEG file of few or dark labels would be no mask; of a tiny defect it may not tell by its values.
+    cut = values.max() >= DARK if compressed else not labels and is_lossy(values)
+    return MaskPixels(values > values.max() / 2, True) if cut else MaskPixels(values > 0, False)
 
 
-def read_mask(path: Path) -> Image.Image:
-    """A mask of an anomalous image, 0 or 255. Raises ValueError where it is unreadable or has no defect in it."""
+def is_lossy(values: np.ndarray) -> bool:
+    """Whether the brightness 0 to 255 of a mask's pixels is that of two values, blurred by compression or resizing.
+
+    It then crowds at both ends, with neighbours of black and of the brightest value, and little between. Numbers of
+    labels are few, or dark, or stand alone.
+    """
+    counts = np.bincount(values.ravel(), minlength=256)
+    top = int(values.max())
+    ends, between = top / 8, counts[math.ceil(top / 4) : math.floor(top * 3 / 4) + 1].sum()
+    beside_black = counts[1 : math.floor(ends) + 1].any()
+    beside_top = counts[math.ceil(top - ends) : top].any()
+    return bool(
+        top >= DARK
+        and np.count_nonzero(counts) >= 8
+        and beside_black
+        and beside_top
+        and between < counts[math.floor(top * 3 / 4) + 1 :].sum()
+    )
+
+
+def read_defect(path: Path) -> MaskPixels:
+    """The mask of an anomalous image. Raises ValueError where it is unreadable or has no defect in it."""
     mask = read_mask_pixels(path)
-    if not mask.any():
+    if not mask.defect.any():
         raise ValueError(
             f"{path}: the mask of an anomalous image is empty; mend it, or leave mask_path out of its line."
         )
-    return Image.fromarray(mask.astype(np.uint8) * 255)
+    return mask
 
 
 def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
@@ -129,7 +171,7 @@ def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image 
     if record.mask_path is None:
         return image, None
     path = folder / record.mask_path
-    mask = read_mask(path)
+    mask = Image.fromarray(read_defect(path).defect.astype(np.uint8) * 255)
     _check_shapes(path, image.size, mask.size)
     return image, mask
 
@@ -150,18 +192,32 @@ def size_on_disk(path: Path) -> tuple[int, int]:
 
 
 def check_files(folder: Path, records: list[Record]) -> None:
-    """Open every image and read every mask once, so that a bad one is found before training.
+    """Read every image and mask once, so that a bad one is found before anything is trained or tested.
 
-    Of images only the header is read. Raises ValueError that names the file.
+    Says how many masks are cut (`MaskPixels`). Raises ValueError that names the file.
     """
 
-    def check(record: Record) -> None:
-        size = size_on_disk(folder / record.image_path)
-        if record.mask_path:
-            path = folder / record.mask_path
-            _check_shapes(path, size, read_mask(path).size)
+    def check(record: Record) -> bool:
+        size = read_image(folder / record.image_path).size
+        if record.mask_path is None:
+            return False
+        path = folder / record.mask_path
+        mask = read_defect(path)
+        _check_shapes(path, size, mask.defect.shape[::-1])
+        return mask.cut
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = pool.map(check, records)
-        for _ in tqdm(checked, total=len(records), desc="checking images and masks", leave=False, disable=None):
-            pass
+        bar = tqdm(checked, total=len(records), desc="checking images and masks", leave=False, disable=None)
+        cut = sum(bar)
+    if cut:
+        masks = sum(record.mask_path is not None for record in records)
+        logger.warning("%s: %s", folder, cut_words(cut, masks))
+
+
+def cut_words(cut: int, masks: int) -> str:
+    """What is said of masks that are `cut`."""
+    return (
+        f"{cut} of {masks} masks are grey around their edges, as lossy compression or resizing leaves them; "
+        "pixels brighter than half are taken for defect."
+    )

@@ -1,6 +1,8 @@
 """Image files and masks, augmentation, loading and the cache."""
 
+import json
 import multiprocessing
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ from PIL import ExifTags, Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from dataset.images import check_files, read_image, read_mask, read_mask_pixels, read_record, size_on_disk
+from dataset import check
+from dataset.images import check_files, read_defect, read_image, read_mask_pixels, read_record, size_on_disk
 from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
 from dataset.sets import open_dataset
 from dataset.transforms import Transform
@@ -34,7 +37,7 @@ def test_empty_masks_and_unreadable_files(root):
         check_files(folder, open_dataset("small", root).records)
     (folder / "candle" / "1_1_mask.png").write_bytes(b"")
     with pytest.raises(ValueError, match="not readable as a mask"):
-        read_mask(folder / "candle" / "1_1_mask.png")
+        read_defect(folder / "candle" / "1_1_mask.png")
     (folder / "metal_nut" / "0_0.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match=r"0_0.png: not readable as an image"):
         check_files(folder, open_dataset("small", root).records)
@@ -221,7 +224,85 @@ def test_every_kind_of_mask_is_read(tmp_path):
     }
     for name, image in kinds.items():
         image.save(tmp_path / f"{name}.png")
-        assert np.array_equal(read_mask_pixels(tmp_path / f"{name}.png"), truth), name
+        assert np.array_equal(read_mask_pixels(tmp_path / f"{name}.png").defect, truth), name
+
+
+def blob(seed: int = 0) -> np.ndarray:
+    """A disc with a scratch, as the true defect of a photograph."""
+    y, x = np.mgrid[:96, :128]
+    truth = (y - 40) ** 2 + (x - 30 - seed) ** 2 < 15**2
+    truth[70:73, 50:110] = True
+    return truth
+
+
+def labels_of(values: list[int]) -> Image.Image:
+    """A map of several labels, each in a band of the defect."""
+    bands = np.array(values, dtype=np.uint8)[np.arange(128) * len(values) // 128]
+    return Image.fromarray(np.where(blob(), bands, 0).astype(np.uint8))
+
+
+WHITE = Image.fromarray(blob().astype(np.uint8) * 255)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "options", "cut"),
+    [
+        (WHITE, "png", {}, False),
+        (Image.fromarray(blob().astype(np.uint8) * 128), "png", {}, False),
+        (Image.fromarray(blob().astype(np.uint8)), "png", {}, False),
+        (WHITE.convert("1"), "png", {}, False),
+        (WHITE.convert("P"), "png", {}, False),
+        (labels_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), "png", {}, False),
+        (labels_of([*range(1, 21), 255]), "png", {}, False),
+        (labels_of([40, 80, 120, 160, 200, 240]), "png", {}, False),
+        (labels_of(list(range(1, 121))), "png", {}, False),
+        (WHITE, "jpg", {"quality": 75}, True),
+        (WHITE, "jpg", {"quality": 30}, True),
+        (WHITE.convert("RGB"), "jpg", {"quality": 90}, True),
+        (Image.fromarray(blob().astype(np.uint8) * 128), "jpg", {"quality": 75}, True),
+        (WHITE, "webp", {"quality": 50}, True),
+    ],
+)
+def test_masks_of_labels_stay_and_lossy_ones_are_cut(tmp_path, mask, kind, options, cut):
+    path = tmp_path / f"mask.{kind}"
+    mask.save(path, **options)
+    found = read_mask_pixels(path)
+    assert found.cut is cut
+    assert np.array_equal(found.defect, blob()) if not cut else (found.defect != blob()).mean() < 0.002
+
+
+def test_resized_masks_and_tiny_lossy_ones_are_cut(tmp_path):
+    WHITE.resize((64, 48), Image.Resampling.BILINEAR).save(tmp_path / "small.png")
+    found = read_mask_pixels(tmp_path / "small.png")
+    assert found.cut and abs(found.defect.mean() / blob().mean() - 1) < 0.1
+    tiny = np.zeros((96, 128), dtype=np.uint8)
+    tiny[40:42, 40:42] = 255
+    Image.fromarray(tiny).save(tmp_path / "tiny.jpg", quality=75)
+    found = read_mask_pixels(tmp_path / "tiny.jpg")
+    assert found.cut and found.defect.sum() < 10
+
+
+def test_lossy_masks_are_said_once_and_give_the_metrics_of_true_ones(scripts, root, base, capsys, monkeypatch):
+    folder, lines = root / "small", []
+    test = ["test", "--ckpt", base, "--dataset", "small", "--device", "cpu", "--resamples", "5"]
+    assert scripts(*test, data_root=root) == 0
+    exact = (base / "base_small.csv").read_text(encoding="utf-8")
+    assert "masks are grey" not in capsys.readouterr().err
+    for line in (folder / "full-shot.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if "mask_path" in entry:
+            path = folder / entry["mask_path"]
+            Image.open(path).convert("L").save(path.with_suffix(".jpg"), quality=75)
+            entry["mask_path"] = entry["mask_path"].replace(".png", ".jpg")
+        lines.append(json.dumps(entry))
+    (folder / "full-shot.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert scripts(*test, data_root=root) == 0
+    assert capsys.readouterr().err.count("8 of 8 masks are grey around their edges") == 1
+    assert (base / "base_small.csv").read_text(encoding="utf-8") == exact
+    monkeypatch.setattr(sys, "argv", ["check", "small", "--data_root", str(root)])
+    assert check.main() == 1
+    said = capsys.readouterr().out
+    assert "grey masks: small, 8 of 8 masks are grey" in said and "all well" not in said
 
 
 def test_truncated_and_empty_files_are_named(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from benchmarks.standin import Scripted
-from dataset.images import read_image, read_mask, size_on_disk
+from dataset.images import read_defect, read_image, size_on_disk
 from dataset.layouts import visa
 from dataset.records import check_paths, read_records
 from dataset.sets import open_dataset
@@ -282,7 +282,7 @@ def saved_as(path: Path, kind: str) -> None:
 def test_whatever_a_decoder_raises_is_one_images_failure(tmp_path, write):
     path = tmp_path / "x.png"
     write(path)
-    for read in (read_image, read_mask):
+    for read in (read_image, read_defect):
         with pytest.raises(ValueError, match=r"x\.png: not readable as"):
             read(path)
 

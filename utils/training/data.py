@@ -63,9 +63,8 @@ def load_training_data(
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
     resized = Transform(img_size, augment=settings.augment)
+    check_files(data.folder, records)
     cache = cache_images(data.folder, records, resized) if in_memory else None
-    if cache is None:  # filling it has opened every file
-        check_files(data.folder, records)
     _report_maskless(train)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
 
