@@ -203,14 +203,15 @@ class ImageHistograms:
         return self.counts[:, : self.images]
 
 
-def image_pixel_ap(scores: np.ndarray, defects: Defects, bins: int = 4096) -> float:
-    """Pixel AP of one image, scores [S, S], by bins of its own range; NaN without a defect."""
+def image_pixel_ap(scores: np.ndarray, defects: Defects) -> float:
+    """Pixel AP of one image, scores [S, S], exact: its pixels are sorted. NaN without a defect."""
     if not defects.regions:
         return math.nan
-    low, high = float(scores.min()), float(scores.max())
-    numbers = ((high - scores) * (bins / max(high - low, 1e-12))).astype(np.int64).clip(0, bins - 1)  # highest first
-    kinds = (np.bincount(numbers[chosen], minlength=bins) for chosen in (~defects.mask, defects.mask))
-    return curve_metrics(*kinds)["ap"].item()
+    order = np.argsort(scores, axis=None)[::-1]
+    ranked, found = scores.ravel()[order], np.cumsum(defects.mask.ravel()[order])
+    last = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)  # of pixels that tie
+    precision, anomalous = found[last] / (last + 1), np.diff(found[last], prepend=0)
+    return float((precision * anomalous).sum() / found[-1])
 
 
 def min_max(values: np.ndarray, low: float, high: float) -> np.ndarray:
