@@ -2,8 +2,9 @@
 
     python predict.py --ckpt ckpt/<run>/loop_3.pth --images DIR --class_name "metal bolt"
 
---images takes files, folders and patterns with * or **. Writes, for each image, a picture of its anomaly maps and the
-maps as arrays, and predictions.csv. Several --ckpt (a base, a loop, a run folder) stand side by side.
+--images takes files, folders (with all within) and patterns with * or **. Writes, for each image, a picture of its
+anomaly maps and the maps as arrays, and predictions.csv. Several --ckpt (a base, a loop, a run folder) stand side by
+side.
 
 In Python:
 
@@ -15,6 +16,7 @@ In Python:
 import argparse
 import glob
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +69,29 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_images(given: list[str]) -> dict[Path, str]:
-    """{image file: a name for its results}, from files, folders and patterns. Raises FileNotFoundError for nothing."""
+def find_images(given: list[str], results: Path) -> dict[Path, str]:
+    """{image file: a name for its results}, from files, folders and patterns.
+
+    What lies in the folder of `results` is taken where its file is named, and not where a folder or a pattern holds it.
+    Raises FileNotFoundError for nothing, ValueError where `results` is one of the folders.
+    """
     found: dict[Path, str] = {}
     taken: set[str] = set()
+    own = results.resolve()
     for text in given:
         path = Path(text)
         if path.is_file():
             files = [path]
+        elif path.is_dir():
+            if path.resolve() == own:
+                raise ValueError(
+                    f"--save_path {results}: is the folder of --images, where the next call would judge the pictures "
+                    "of this one. Choose another folder; it may lie within."
+                )
+            files = images_below(path, own)
         else:
-            inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(text, recursive=True))
-            files = sorted(file for file in inside if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = map(Path, glob.glob(text, recursive=True))
+            files = sorted(file for file in inside if is_image(file) and own not in file.resolve().parents)
         if not files:
             raise FileNotFoundError(f"--images {text}: no image there; files, folders and patterns are understood.")
         for file in dict.fromkeys(files):
@@ -85,6 +99,25 @@ def find_images(given: list[str]) -> dict[Path, str]:
                 parts = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").parts
                 found[file] = unused_name("_".join(parts), taken)
     return found
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is called as an image, and not hidden, as what systems write beside photographs is."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def images_below(folder: Path, left_out: Path) -> list[Path]:
+    """The images in a folder and in those within it, links to folders among them; not those in `left_out`."""
+    found, seen = list[Path](), set[str]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or real == str(left_out):  # a link may lead back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [file for name in files if is_image(file := Path(place, name))]
+    return sorted(found)
 
 
 def map_files(images: dict[Path, str], models: list[str]) -> dict[tuple[str, str], str]:
@@ -163,7 +196,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> int:
     args = parse_arguments()
-    images = find_images(args.images)
+    images = find_images(args.images, args.save_path)
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision)
     if args.normal_images:

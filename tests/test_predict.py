@@ -1,6 +1,8 @@
 """predict.py and its Python interface: own images without a data set."""
 
 import csv
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,21 +26,24 @@ def images(tmp_path, data_root):
 
 
 def test_images_are_files_folders_and_patterns(images):
-    found = find_images([str(images)])
+    found = find_images([str(images)], Path("predictions"))
     assert {path.relative_to(images).as_posix(): name for path, name in found.items()} == {
         "a.png": "a",
         "b.JPG": "b",
         "more/a.png": "more_a",
     }
-    both = find_images([str(images / "a.png"), str(images / "**" / "*.png")])
+    both = find_images([str(images / "a.png"), str(images / "**" / "*.png")], Path("predictions"))
     assert sorted(both.values()) == ["a", "a__2"] and len(both) == 2
     for text in (str(images / "*"), str(images / "**" / "*")):
-        assert not {path.name for path in find_images([text])} & {"notes.txt", "more"}
+        assert not {path.name for path in find_images([text], Path("predictions"))} & {"notes.txt", "more"}
     Image.new("RGB", (9, 9)).save(images / "a__2.png")
-    names = [name.casefold() for name in find_images([str(images), str(images / "more" / "a.png")]).values()]
+    names = [
+        name.casefold()
+        for name in find_images([str(images), str(images / "more" / "a.png")], Path("predictions")).values()
+    ]
     assert len(set(names)) == len(names) == 4
     with pytest.raises(FileNotFoundError, match="no image there"):
-        find_images([str(images / "*.gif")])
+        find_images([str(images / "*.gif")], Path("predictions"))
 
 
 def predict(scripts, *words: object) -> int:
@@ -101,6 +106,29 @@ def test_a_base_without_calibration_decides_nothing(scripts, base, images, tmp_p
     text, err = capsys.readouterr()
     assert "n/a" in text and "without a calibration" in err
     assert not Detector.load(folder, device="cpu")(images / "a.png").anomalous
+
+
+def test_a_folder_is_searched_through_links_and_without_what_is_no_photograph(scripts, run, images, tmp_path, capsys):
+    linked = tmp_path / "elsewhere"
+    linked.mkdir()
+    shutil.copy(images / "a.png", linked / "c.png")
+    (images / "more" / "link").symlink_to(linked, target_is_directory=True)
+    (linked / "back").symlink_to(images, target_is_directory=True)
+    for hidden in ("._a.png", ".thumbnails/a.png"):
+        (images / hidden).parent.mkdir(exist_ok=True)
+        (images / hidden).write_bytes(b"no photograph")
+    command = ["--ckpt", run / "loop_2.pth", "--images", images, "--save_path", images / "predictions"]
+    tables = []
+    for _ in range(2):  # the second time its own pictures lie there
+        assert predict(scripts, *command) == 0
+        tables.append((images / "predictions" / "predictions.csv").read_text(encoding="utf-8"))
+    assert tables[0] == tables[1] and tables[0].count("loop_2") == 2 * 4
+    assert "link/c.png" in tables[0] and "predictions/a.png" not in tables[0]
+    pattern = [*command[:3], f"{images}/**/*.png", *command[4:]]
+    assert predict(scripts, *pattern) == 0
+    assert "predictions/a.png" not in (images / "predictions" / "predictions.csv").read_text(encoding="utf-8")
+    assert predict(scripts, *command[:4], "--save_path", images) == 2
+    assert "is the folder of --images" in capsys.readouterr().err
 
 
 def test_nothing_to_judge_ends_with_2(scripts, run, tmp_path, capsys):

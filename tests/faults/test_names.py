@@ -137,9 +137,9 @@ def test_results_never_take_the_place_of_an_input(scripts, run, tmp_path, capsys
     command = ["predict", "--ckpt", run / "loop_1.pth", "--device", "cpu", "--images"]
     folder = prepared(tmp_path / "own", ("a.png", "b.jpg"))
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    for images in (folder, folder / "a.png"):
+    for images, message in ((folder, "is the folder of --images"), (folder / "a.png", "a.png is there already")):
         assert scripts(*command, images, "--save_path", folder) == 2
-        assert "a.png is there already" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     other = prepared(tmp_path / "elsewhere", ("a.png",))
     assert scripts(*command, other / "a.png", "--save_path", folder) == 2  # its picture would be own/a.png
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
