@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.images import check_files
 from dataset.loading import AnomalyDataset
 from dataset.sets import open_dataset
 from dataset.transforms import Transform
@@ -274,14 +275,22 @@ def test_empty_mask_and_long_class_name_end_with_2(scripts, base, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_breaks_during_training_ends_with_1(scripts, base, tmp_path, capsys):
-    folder = write_small_dataset(tmp_path / "small")
-    content = (folder / "candle" / "0_1.png").read_bytes()
-    (folder / "candle" / "0_1.png").write_bytes(content[: len(content) // 2])  # the header is whole
+def test_a_file_that_breaks_during_training_ends_with_1(scripts, base, tmp_path, monkeypatch, capsys):
+    path = write_small_dataset(tmp_path / "small") / "candle" / "0_1.png"
+    content = path.read_bytes()
+
+    def check_and_break(folder, records):
+        check_files(folder, records)
+        path.write_bytes(content[: len(content) // 2])  # the header is whole
+
     command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "out"]
-    assert scripts(*command, data_root=tmp_path) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.training.data.check_files", check_and_break)
+        assert scripts(*command, data_root=tmp_path) == 1
     assert "0_1.png: not readable as an image" in capsys.readouterr().err
     assert (tmp_path / "out" / "state.pth").exists()
+    assert scripts(*command[:-1], tmp_path / "new", data_root=tmp_path) == 2  # what is broken before is found before
+    assert "0_1.png: not readable as an image" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
