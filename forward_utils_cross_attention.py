@@ -166,7 +166,7 @@ def seen_features(
         return features
     if other is None:
         raise ValueError("--image_context another: the model looks at another image, and none was given.")
-    return model.visual(other, context)
+    return model.visual(other.to(model.backbone.device, non_blocking=True), context)
 
 
 @torch.no_grad()

@@ -152,8 +152,6 @@ def main() -> None:
         for data in data_sets:
             show(list_images(data, args.class_name))
         return
-    for data in data_sets:
-        check_files(data.folder, data.records)
     if not args.ckpt:
         raise ValueError("--ckpt is needed: loop files, run folders or base models.")
     if args.image_idx is not None:
@@ -169,6 +167,8 @@ def main() -> None:
         for bench, class_name in zip(benches, classes, strict=True):
             logger.info("Wrote %s", ", ".join(map(str, draw_one(bench, contenders, class_name, args.image_idx))))
         return
+    for data in data_sets:
+        check_files(data.folder, data.records)
     chapters = []
     for bench in benches:
         comparison = measure(bench, contenders, args.resamples, args.seed)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -266,12 +266,11 @@ def read_results(args: argparse.Namespace, seed: int) -> list[dict]:
     return rows
 
 
-def read_average(path: Path, columns: Iterable[str]) -> dict[str, float | str]:
+def read_average(path: Path, columns: Sequence[str]) -> dict[str, float | str]:
     """Of the average, the last row of a CSV of test.py: `columns`, NaN where undefined, and SEEN as it is.
 
     Raises ValueError where one of them is not there.
     """
-    columns = list(columns)
     average = read_csv(path, [*columns, SEEN])[-1]
     return {name: float(average[name] or "nan") for name in columns} | {SEEN: average[SEEN]}
 

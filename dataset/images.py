@@ -167,12 +167,17 @@ def read_defect(path: Path) -> MaskPixels:
 
 def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
     """The image of a record and its mask, None where it has none. Raises ValueError for what is wrong with them."""
+    image, mask = _read_both(folder, record)
+    return image, None if mask is None else Image.fromarray(mask.defect.astype(np.uint8) * 255)
+
+
+def _read_both(folder: Path, record: Record) -> tuple[Image.Image, MaskPixels | None]:
     image = read_image(folder / record.image_path)
     if record.mask_path is None:
         return image, None
     path = folder / record.mask_path
-    mask = Image.fromarray(read_defect(path).defect.astype(np.uint8) * 255)
-    _check_shapes(path, image.size, mask.size)
+    mask = read_defect(path)
+    _check_shapes(path, image.size, mask.defect.shape[::-1])
     return image, mask
 
 
@@ -198,13 +203,8 @@ def check_files(folder: Path, records: list[Record]) -> None:
     """
 
     def check(record: Record) -> bool:
-        size = read_image(folder / record.image_path).size
-        if record.mask_path is None:
-            return False
-        path = folder / record.mask_path
-        mask = read_defect(path)
-        _check_shapes(path, size, mask.defect.shape[::-1])
-        return mask.cut
+        _, mask = _read_both(folder, record)
+        return mask is not None and mask.cut
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = pool.map(check, records)

@@ -227,10 +227,10 @@ def test_every_kind_of_mask_is_read(tmp_path):
         assert np.array_equal(read_mask_pixels(tmp_path / f"{name}.png").defect, truth), name
 
 
-def blob(seed: int = 0) -> np.ndarray:
+def blob() -> np.ndarray:
     """A disc with a scratch, as the true defect of a photograph."""
     y, x = np.mgrid[:96, :128]
-    truth = (y - 40) ** 2 + (x - 30 - seed) ** 2 < 15**2
+    truth = (y - 40) ** 2 + (x - 30) ** 2 < 15**2
     truth[70:73, 50:110] = True
     return truth
 

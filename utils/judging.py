@@ -112,8 +112,6 @@ class Detector:
         Raises ValueError that names an image whose map or score is not finite.
         """
         pixels = images.to(self.model.backbone.device, non_blocking=True)
-        if other is not None:
-            other = other.to(pixels.device, non_blocking=True)
         found = predict(self.model, pixels, class_names, self.text, self.precision, self.known, other)
         finite = found.maps.flatten(1).isfinite().all(dim=1) & found.detection_scores.isfinite()
         for path, fine in zip(paths, finite.tolist(), strict=True):

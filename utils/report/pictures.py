@@ -210,9 +210,7 @@ def attention_weights(
 
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
     try:
-        device = model.backbone.device
-        other = None if other is None else other.to(device)
-        encode(model, image.to(device), [class_name], detector.text, other=other)
+        encode(model, image.to(model.backbone.device), [class_name], detector.text, other=other)
     finally:
         for hook in hooks:
             hook.remove()

@@ -202,7 +202,7 @@ class Trainer:
         """Loss of the stage on a batch, and its terms without gradient."""
         settings, model = self.settings, self.model
         images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
-        other = batch["other"].to(self.device, non_blocking=True) if "other" in batch else None
+        other = batch.get("other")
         target = {
             "mask": batch["mask"].to(self.device, non_blocking=True),
             "label": batch["label"].to(self.device, non_blocking=True),
