@@ -61,7 +61,10 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The same of an image that is open. Raises ValueError for pixels of other kinds."""
-    return _to_rgb(_turned(image), "white")
+    found = _to_rgb(_turned(image), "white")
+    if found is not image:
+        found.info = {}  # what the file says of itself would have the image turned again, by whoever gets it
+    return found
 
 
 def _orientation(image: Image.Image) -> int:

@@ -4,14 +4,13 @@ import hashlib
 import logging
 from pathlib import Path
 from textwrap import shorten
-from types import NoneType
 
 import open_clip
 import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.pickles import Archive, scripted_tensors
+from model.pickles import Archive, Module, scripted_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +21,6 @@ WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 # The kinds of numbers that weights are.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Values in a file, containers and tensors together; the state of a ViT-L/14 run has 500.
-MOST_VALUES = 1_000_000
 
 
 def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Path:
@@ -33,7 +30,8 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
     """
     if clip_weights is not None:
         if not Path(clip_weights).is_file():
-            raise FileNotFoundError(f"--clip_weights {clip_weights}: no such file.")
+            what = "a folder, where a file was expected" if Path(clip_weights).is_dir() else "no such file"
+            raise FileNotFoundError(f"--clip_weights {clip_weights}: {what}.")
         return Path(clip_weights)
     names = [f"{stem}{suffix}" for stem in (model_name, f"{model_name}px") for suffix in WEIGHT_SUFFIXES]
     folders = list(dict.fromkeys(root / folder for root in (REPOSITORY, Path.cwd()) for folder in WEIGHT_FOLDERS))
@@ -81,7 +79,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             content: object = load_file(path)
@@ -101,39 +99,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def read_saved(path: Path) -> object:
     """What `torch.save` wrote, or the state dict of a TorchScript archive, on the CPU; nothing in the file is run.
 
-    Plain containers, numbers, texts and dense tensors that take no more memory than the file. Raises ValueError, or
-    what zip files, unpickling and PyTorch raise for damaged ones.
+    Plain containers, numbers, texts and dense tensors. Raises ValueError, or what zip files and PyTorch raise for
+    damaged ones.
     """
     with Archive(path) as archive:
-        if archive.is_scripted:
-            content: object = scripted_tensors(archive)
-        else:
-            archive.check_pickle()
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    _check_plain(content, path.stat().st_size)
-    return content
-
-
-def _check_plain(content: object, most_bytes: int) -> None:
-    """Raise ValueError for anything but plain types and dense tensors, and where these take more than `most_bytes`."""
-    waiting, values, used = [content], 0, 0
-    while waiting:
-        value = waiting.pop()
-        values += 1
-        if isinstance(value, Tensor):
-            if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
-                raise ValueError(f"a tensor of another kind: {type(value).__name__}, {value.layout}, {value.device}")
-            used += value.numel() * value.element_size()
-        elif isinstance(value, dict):
-            waiting += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple)):
-            waiting += value
-        elif not isinstance(value, (str, int, float, NoneType)):
-            raise ValueError(f"it holds {type(value).__name__}; expected plain types and tensors")
-        if values + len(waiting) > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES:,} values")
-    if used > most_bytes:
-        raise ValueError(f"a file of {most_bytes:,} bytes with tensors of {used:,}")
+        content = archive.content()
+        return scripted_tensors(content, archive.size) if isinstance(content, Module) else content
 
 
 def check_weights(state: dict, where: str) -> None:

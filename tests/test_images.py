@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from dataset import check
-from dataset.images import check_files, read_defect, read_image, read_mask_pixels, read_record, size_on_disk
+from dataset.images import as_rgb, check_files, read_defect, read_image, read_mask_pixels, read_record, size_on_disk
 from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
 from dataset.sets import open_dataset
 from dataset.transforms import Transform
@@ -177,6 +177,26 @@ def test_exif_orientation_turns_images_and_their_size(tmp_path, suffix, orientat
     expected = image.transpose(Image.Transpose[turn]) if turn else image
     assert np.allclose(found[..., 0], np.asarray(expected), atol=2 if suffix == "jpg" else 0)
     assert size_on_disk(path) == expected.size
+    # Turned once, whoever hands it on: from an open file, and where it was turned before.
+    with Image.open(path) as opened:
+        assert np.array_equal(as_rgb(opened), found)
+    assert np.array_equal(as_rgb(read_image(path)), found)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "P", "LA"])
+def test_an_orientation_in_xmp_turns_an_image_once_or_not_at_all(tmp_path, suffix, mode):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10).convert(mode)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
+    if suffix == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        image.save(tmp_path / "x.png", pnginfo=text)
+    else:
+        (image if suffix == "webp" else image.convert("RGB")).save(tmp_path / f"x.{suffix}", xmp=xmp)
+    found = read_image(tmp_path / f"x.{suffix}")
+    assert found.size == size_on_disk(tmp_path / f"x.{suffix}") == ((6, 4) if suffix == "png" else (4, 6))
+    assert np.array_equal(as_rgb(found), found)
 
 
 def test_a_tiff_file_by_a_quarter_turn_is_refused(tmp_path):

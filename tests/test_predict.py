@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dataset.images import read_image
 from predict import Detector, find_images
@@ -44,6 +44,19 @@ def test_images_are_files_folders_and_patterns(images):
     assert len(set(names)) == len(names) == 4
     with pytest.raises(FileNotFoundError, match="no image there"):
         find_images([str(images / "*.gif")], Path("predictions"))
+
+
+def test_a_photograph_is_turned_once(run, images):
+    photo, upright = images / "photo.png", images / "upright.png"
+    image = Image.open(images / "a.png").convert("RGB")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(photo, exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(upright)
+    detector = Detector.load(run / "loop_2.pth", class_name="candle", device="cpu")
+    expected = detector(upright)
+    for given in (photo, read_image(photo), Image.open(photo)):
+        assert np.array_equal(detector(given).map, expected.map)
 
 
 def predict(scripts, *words: object) -> int:

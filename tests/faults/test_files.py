@@ -3,10 +3,13 @@
 import io
 import os
 import pickle
+import resource
 import struct
 import time
+import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from dataset.layouts import visa
 from dataset.records import check_paths, read_records
 from dataset.sets import open_dataset
 from model.backbone import load_backbone
-from model.weights import read_weights
+from model.weights import read_saved, read_weights
 from tests.conftest import EPOCHS, write_small_dataset
 from utils.checkpoints import load_checkpoint
 from utils.models import ModelLoader
@@ -89,6 +92,38 @@ def test_what_torchscript_holds_is_read_as_it_loads_it(tmp_path):
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in state.items())
 
 
+def test_a_traced_clip_is_read_whatever_code_its_archive_brings(backbone, tmp_path):
+    pixels = torch.zeros(1, 3, backbone.img_size, backbone.img_size)
+    with warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace_module(backbone.clip, {"encode_image": pixels}, check_trace=False)
+    traced.save(tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert any(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())
+    found, state = read_weights(tmp_path / "x.pt"), backbone.clip.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_torch_saves_is_read_as_torch_loads_it(tmp_path, protocol):
+    tied = torch.randn(30)
+    content = {
+        "tied": [tied, tied, tied[3:9]],
+        "parameter": torch.nn.Parameter(torch.randn(2, 3)),
+        "numbers": (1, -(2**40), 2**70, 2.5, None, True),
+        "size": tied.shape,
+        1: torch.nn.Linear(2, 2).state_dict(),
+        "text": "\u00e4" * 300,
+    }
+    torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol)
+    found = read_saved(tmp_path / "x.pt")
+    torch.save(content, tmp_path / "x.pt")  # PyTorch itself reads its own protocol alone
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert all(torch.equal(*pair) for pair in zip(found.pop("tied"), loaded.pop("tied"), strict=True))
+    assert all(torch.equal(found[1][name], value) for name, value in loaded.pop(1).items()) and found.pop(1)
+    assert torch.equal(found.pop("parameter"), loaded.pop("parameter"))
+    assert found == loaded
+
+
 def claim(path: Path, shape: tuple, stride: tuple, numel: int = 1) -> None:
     """A file of torch.save of a few bytes whose tensor claims any shape."""
     torch.save({"a": torch.zeros(1)}, path)
@@ -129,32 +164,147 @@ def test_a_tensor_takes_no_more_memory_than_its_file(tmp_path, shape, stride, nu
     assert time.monotonic() - started < 2
 
 
-def packed(path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def pickled(path: Path, instructions: bytes, *more: tuple[str, bytes]) -> None:
+    """An archive of torch.save with a pickle of these instructions and more entries, (name, data)."""
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as archive:  # of names that are twice
+        for name, data in (("data.pkl", b"\x80\x02" + instructions + b"."), *more):
+            archive.writestr(f"x/{name}", data)
+
+
+def packed(path: Path, method: int, says: int | None = None) -> None:
+    """Entries that are compressed, which say that they hold `says` bytes."""
+    with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}.")
-        archive.writestr("x/data/0", bytes(10**7))
+        archive.writestr("x/data/0", bytes(10**8))
+        for entry in archive.infolist():
+            entry.file_size = says or entry.file_size
 
 
-def piled(path: Path) -> None:
-    """A pickle of 20 bytes that asks for the memory of a table of 2^32 entries."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\xff.")
+def storage(kind: bytes, key: bytes = b"0") -> bytes:
+    """Instructions that give a storage."""
+    return b"(X\x07\0\0\0storagectorch\n" + kind + b"\nX\x01\0\0\0" + key + b"X\x03\0\0\0cpuJ\xff\xff\xff\x7ftQ"
 
 
-def grown(path: Path) -> None:
-    """A pickle that asks for 100 GB of zeros."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", b"\x80\x02c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x4a\x17\x00\x85R.")
+def damaged(path: Path) -> None:
+    """One bit of a tensor is another one."""
+    torch.save({"a": torch.arange(1000.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(500.0, 600.0).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+
+
+PLAIN = b"}X\x01\0\0\0aK\x01s"
+# Every one is small, and harmless where it is refused or read for what it is.
+HOSTILE = {
+    "compressed": (lambda path: packed(path, zipfile.ZIP_DEFLATED), "which no file of PyTorch does"),
+    "compressed, with another size": (lambda path: packed(path, zipfile.ZIP_BZIP2, 9), "which no file of PyTorch does"),
+    "the same of LZMA": (lambda path: packed(path, zipfile.ZIP_LZMA, 9), "which no file of PyTorch does"),
+    "a table of 2^32": (lambda path: pickled(path, b"}r\xff\xff\xff\xff"), "lacks"),
+    "100 GB of zeros": (
+        lambda path: pickled(path, b"c__builtin__\nbytearray\n\x8a\x06\0\0\0\x4a\x17\0\x85R"),
+        "names __builtin__.bytearray",
+    ),
+    "a key of 2^200 tuples": (
+        lambda path: pickled(path, b"})" + b"q\x01h\x01\x86" * 200 + b"K\x01s"),
+        "has tuple as a key",
+    ),
+    "2^90 values": (lambda path: pickled(path, b"]" + b"q\x01h\x01\x86" * 90), "more than 300,000 values"),
+    "tuples within tuples": (lambda path: pickled(path, b")" + b"\x85" * 2_000_000), "more than 300,000 values"),
+    "a thousand tuples": (lambda path: pickled(path, b")" + b"\x85" * 1000), "100 containers within each other"),
+    "a list in itself": (lambda path: pickled(path, b"]q\x01h\x01a"), "100 containers within each other"),
+    "another pickle before it": (
+        lambda path: path.write_bytes(pickle.dumps([0] * 10**6) + saved({"a": 1})),
+        "'a' is int",
+    ),
+    "another archive before it": (lambda path: path.write_bytes(saved([]) + saved({"a": 1})), "'a' is int"),
+    "two pickles": (lambda path: pickled(path, PLAIN, ("data.pkl", b"\x80\x02].")), "expected one data.pkl"),
+    "two storages of one name": (lambda path: pickled(path, PLAIN, *[("data/0", b"")] * 2), "have one name"),
+    "a storage of two kinds": (
+        lambda path: pickled(
+            path, b"](" + storage(b"FloatStorage") + storage(b"IntStorage") + b"e", ("data/0", bytes(8))
+        ),
+        "storage 0 is said to hold both",
+    ),
+    "half a number": (
+        lambda path: pickled(path, storage(b"FloatStorage"), ("data/0", bytes(6))),
+        "which are no values",
+    ),
+    "no storage": (lambda path: pickled(path, storage(b"FloatStorage")), "storage 0 is missing"),
+    "another bit": (damaged, "CRC"),
+    "a module in itself": (
+        lambda path: pickled(
+            path, b"c__torch__\nA\n)\x81q\x01}X\x01\0\0\0mh\x01sb", ("code/a.py", b""), ("byteorder", b"little")
+        ),
+        "100 modules within each other",
+    ),
+    "an attribute of a function": (
+        lambda path: pickled(path, b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb"),
+        "damaged, at BUILD",
+    ),
+    "a dictionary of pairs": (
+        lambda path: pickled(path, b"ccollections\nOrderedDict\n])\x85R"),
+        "damaged, at REDUCE",
+    ),
+    "a size of a million": (
+        lambda path: pickled(path, b"ctorch\nSize\n(" + b"K\x01" * 100_000 + b"t\x85R"),
+        "damaged, at REDUCE",
+    ),
+    "an empty stack": (lambda path: pickled(path, b"0"), "which plain tensors need not"),
+    "a mark left": (lambda path: pickled(path, b"(}"), "damaged, at its end"),
+    "another order of bytes": (lambda path: pickled(path, PLAIN, ("byteorder", b"big")), "another order of bytes"),
+    "nothing": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "cut short": (
+        lambda path: path.write_bytes(saved({"a": torch.zeros(9)})[:300]),
+        "the end of the archive is missing",
+    ),
+    "a web page": (lambda path: path.write_bytes(b"\n<!DOCTYPE html>"), "a web page"),
+    "a pointer": (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
+}
+
+
+def saved(content: object) -> bytes:
+    """A file of torch.save."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives_cost_no_time_and_no_memory(tmp_path, kind):
+    write, message = HOSTILE[kind]
+    write(tmp_path / "x.pt")
+    assert message in said_within_limits(lambda: load_backbone("demo", clip_weights=tmp_path / "x.pt"))
+
+
+def said_within_limits(call: Callable[[], object]) -> str:
+    """The ValueError of a call that is made in a process of its own, with 2 s of the processor and 400 MB more."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 400 * 2**20,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+        said = "no error"
+        try:
+            call()
+        except ValueError as error:
+            said = str(error)
+        except BaseException as error:
+            said = repr(error)
+        os.write(sender, said.encode())
+        os._exit(0)
+    os.close(sender)
+    with open(receiver, encoding="utf-8") as file:
+        said = file.read()
+    assert os.waitpid(child, 0)[1] == 0, "ended by a signal"
+    return said
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (packed, "which no file of PyTorch does"),
-        (piled, "numbers more things than it holds"),
-        (grown, "names __builtin__.bytearray"),
-        (lambda path: torch.save(torch.zeros(1), path, _use_new_zipfile_serialization=False), "before PyTorch 1.6"),
-        (lambda path: path.write_bytes(b"<!DOCTYPE html>"), "no archive of torch.save"),
+        (lambda path: torch.save(torch.zeros(1), path, _use_new_zipfile_serialization=False), "PyTorch before 1.6"),
         (lambda path: torch.save([{}] * 3, path), "expected a state dict of tensors, found list"),
         (lambda path: torch.save({"a": 1}, path), "'a' is int"),
         (lambda path: torch.save({"a": torch.zeros(2, dtype=torch.int32)}, path), "'a' holds torch.int32"),
