@@ -18,15 +18,18 @@ import glob
 import logging
 import os
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
-from dataset.commands import show
+from dataset.commands import name_argument, path_argument, show
 from dataset.constants import BLUR
-from dataset.files import replacing
+from dataset.files import check_place, replacing
 from dataset.images import read_image
 from dataset.layouts import IMAGE_SUFFIXES, known_good
+from dataset.words import on_one_line
 from utils import arguments
+from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.files import unused_name, write_csv
 from utils.judging import (
@@ -58,12 +61,21 @@ COLUMNS = (
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--ckpt", type=Path, nargs="+", required=True, help="loop files, run folders or base models")
-    parser.add_argument("--images", nargs="+", required=True, help="files, folders (with all within) or patterns")
-    parser.add_argument("--class_name", default="object", help="what the images show, in words CLIP knows")
+    parser.add_argument(
+        "--ckpt", type=path_argument, nargs="+", required=True, help="loop files, run folders or base models"
+    )
+    parser.add_argument(
+        "--images", type=name_argument, nargs="+", required=True, help="files, folders (with all within) or patterns"
+    )
+    parser.add_argument(
+        "--class_name",
+        type=arguments.class_argument,
+        default="object",
+        help="what the images show, in words CLIP knows",
+    )
     parser.add_argument("--domain", choices=tuple(BLUR), default=next(iter(BLUR)), help="of the images")
-    parser.add_argument("--normal_images", type=Path, help=arguments.NORMAL_IMAGES)
-    parser.add_argument("--save_path", type=Path, default=Path("predictions"), help="folder for the results")
+    parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
+    parser.add_argument("--save_path", type=path_argument, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_machine_arguments(parser)
     return parser.parse_args()
@@ -77,6 +89,7 @@ def find_images(given: list[str], results: Path) -> dict[Path, str]:
     """
     found: dict[Path, str] = {}
     taken: set[str] = set()
+    passed_over: list[Path] = []
     own = results.resolve()
     for text in given:
         path = Path(text)
@@ -88,16 +101,23 @@ def find_images(given: list[str], results: Path) -> dict[Path, str]:
                     f"--save_path {results}: is the folder of --images, where the next call would judge the pictures "
                     "of this one. Choose another folder; it may lie within."
                 )
-            files = images_below(path, own)
+            files, others = images_below(path, own)
+            passed_over += others
         else:
             inside = map(Path, glob.glob(text, recursive=True))
             files = sorted(file for file in inside if is_image(file) and own not in file.resolve().parents)
         if not files:
-            raise FileNotFoundError(f"--images {text}: no image there; files, folders and patterns are understood.")
+            raise FileNotFoundError(
+                f"--images {text}: no image there. Files, folders and patterns are understood; of folders and patterns "
+                f"{', '.join(IMAGE_SUFFIXES)} are read, but nothing in {results}, where the results go."
+            )
         for file in dict.fromkeys(files):
             if file not in found:
                 parts = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").parts
                 found[file] = unused_name("_".join(parts), taken)
+    if passed_over:
+        names = shorten(", ".join(map(str, passed_over)), 200, placeholder=" ...")
+        logger.warning("%d files in folders are no images by their names, or lead nowhere: %s", len(passed_over), names)
     return found
 
 
@@ -106,9 +126,12 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
-def images_below(folder: Path, left_out: Path) -> list[Path]:
-    """The images in a folder and in those within it, links to folders among them; not those in `left_out`."""
-    found, seen = list[Path](), set[str]()
+def images_below(folder: Path, left_out: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and in those within it, links to folders among them, and the files that are none.
+
+    Hidden files, and those in `left_out`, are neither.
+    """
+    found, others, seen = list[Path](), list[Path](), set[str]()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen or real == str(left_out):  # a link may lead back
@@ -116,8 +139,9 @@ def images_below(folder: Path, left_out: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [file for name in files if is_image(file := Path(place, name))]
-    return sorted(found)
+        for file in (Path(place, name) for name in files if not name.startswith(".")):
+            (found if is_image(file) else others).append(file)
+    return sorted(found), sorted(others)
 
 
 def map_files(images: dict[Path, str], models: list[str]) -> dict[tuple[str, str], str]:
@@ -184,18 +208,22 @@ def draw(
 
 def table(rows: list[dict]) -> str:
     """Image, model, single-image score, probability and decision of each row."""
-    width = max(len(row["image"]) for row in rows)
+    names_of_images = [on_one_line(row["image"]) for row in rows]
+    width = max(map(len, names_of_images))
     names = max(len(row["model"]) for row in rows)
     lines = [f"{'image':{width}}  {'model':{names}}  single-image score  probability  decision"]
-    for row in rows:
+    for row, image in zip(rows, names_of_images, strict=True):
         p = "n/a" if row["probability"] is None else f"{row['probability']:.3f}"
         score, decision = f"{row['single_score']:.3f}", row["decision"] or decision_word(None)
-        lines.append(f"{row['image']:{width}}  {row['model']:{names}}  {score:>18}  {p:>11}  {decision}")
+        lines.append(f"{image:{width}}  {row['model']:{names}}  {score:>18}  {p:>11}  {decision}")
     return "\n".join(lines)
 
 
 def main() -> int:
     args = parse_arguments()
+    for path in args.ckpt:
+        check_there(path)
+    check_place(args.save_path, "--save_path")
     images = find_images(args.images, args.save_path)
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision)

@@ -28,6 +28,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize
 
+from dataset.commands import path_argument
 from dataset.constants import class_prompts
 from dataset.demo.captions import (
     CATEGORIES,
@@ -77,7 +78,7 @@ MEASURE_SEED = 1_000_000
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--save_path", type=Path, default="ckpt/demo", help="folder of the weights")
+    parser.add_argument("--save_path", type=path_argument, default="ckpt/demo", help="folder of the weights")
     parser.add_argument(
         "--images",
         type=at_least(48),

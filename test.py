@@ -12,12 +12,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from dataset.commands import show
+from dataset.commands import name_argument, path_argument, show
 from dataset.images import check_files
 from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
 from utils import arguments
+from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.judging import check_normal_images
 from utils.models import ModelLoader
@@ -39,22 +40,25 @@ REPORT_PICTURES = 3
 
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--ckpt", type=Path, nargs="+", default=[], help="loop files, run folders or base models")
+    parser.add_argument(
+        "--ckpt", type=path_argument, nargs="+", default=[], help="loop files, run folders or base models"
+    )
     parser.add_argument(
         "--control",
-        type=Path,
+        type=path_argument,
         nargs="+",
         default=[],
         help="runs to compare with, loop by loop, beside the base: longer training without the extension, one per seed",
     )
     parser.add_argument(
         "--dataset",
+        type=name_argument,
         nargs="+",
         default=["MVTec"],
         help="data sets: known names, folders under --data_root, or paths of folders and .jsonl files",
     )
     arguments.add_own_data_arguments(parser)
-    parser.add_argument("--normal_images", type=Path, help=arguments.NORMAL_IMAGES)
+    parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument(
         "--batch_size", type=at_least(1, 65_536), default=8, help="images per forward; results do not depend on it"
     )
@@ -147,13 +151,15 @@ def draw(comparison: Comparison, count: int) -> tuple[list[Path], Path | None]:
 
 def main() -> None:
     args = parse_arguments()
+    if not args.ckpt and not args.list_images:
+        raise ValueError("--ckpt is needed: loop files, run folders or base models.")
+    for path in [*args.ckpt, *args.control]:
+        check_there(path)
     data_sets = open_data_sets(args)
     if args.list_images:
         for data in data_sets:
             show(list_images(data, args.class_name))
         return
-    if not args.ckpt:
-        raise ValueError("--ckpt is needed: loop files, run folders or base models.")
     if args.image_idx is not None:
         classes = [class_of_image(data, args.class_name, args.image_idx) for data in data_sets]
     machine = arguments.machine_of(args)

@@ -11,7 +11,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from dataset.commands import show
+from dataset.commands import path_argument, show
 from utils import arguments, checkpoints
 from utils.cli import run_script
 from utils.models import resolve_config
@@ -31,7 +31,7 @@ ONE_LOOP = {"feedback": "off", "lr_decay": 1.0}
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Of the command line, or of `words`."""
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--save_path", type=Path, default=Path("ckpt/baseline"), help="folder of the run")
+    parser.add_argument("--save_path", type=path_argument, default=Path("ckpt/baseline"), help="folder of the run")
     add_settings(parser, PUBLISHED, loops=False)
     add_training_arguments(parser)
     arguments.add_model_arguments(parser, "AA-CLIP's value, in brackets")

@@ -9,9 +9,10 @@ it stopped.
 
 import argparse
 import logging
+import zipfile
 from pathlib import Path
 
-from dataset.commands import show
+from dataset.commands import name_argument, path_argument, show
 from dataset.images import check_files
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, result_name
@@ -40,13 +41,16 @@ EVAL_BATCH = 8
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Of the command line, or of `words`."""
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("--resume", type=Path, help="base model (AA-CLIP's folder) or loop file to start from")
+    parser.add_argument("--resume", type=path_argument, help="base model (AA-CLIP's folder) or loop file to start from")
     parser.add_argument(
         "--loops", type=at_least(1, 1000), default=3, help="number of the last loop of Stage 1 and Stage 2"
     )
-    parser.add_argument("--save_path", type=Path, help="folder of the run; without it ckpt/<name of the base>_feedback")
+    parser.add_argument(
+        "--save_path", type=path_argument, help="folder of the run; without it ckpt/<name of the base>_feedback"
+    )
     parser.add_argument(
         "--eval_dataset",
+        type=name_argument,
         nargs="+",
         default=[],
         help="data sets to test every loop on, beside the base, as test.py does; nothing is chosen by it",
@@ -148,6 +152,18 @@ def save_loop(trainer: Trainer, loop: int) -> Path:
     return path
 
 
+def report_lost(folder: Path, loops: range) -> None:
+    """Say which files of finished loops are gone or damaged: the run is past them, and does not write them again."""
+    for path in (folder / f"loop_{loop}.pth" for loop in loops):
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            logger.warning(
+                "%s is %s, and the run is past it. To have it again, repeat the run in another --save_path: the same "
+                "command gives the same tensors.",
+                path,
+                "damaged" if path.is_file() else "missing",
+            )
+
+
 def report_tests(trainer: Trainer, tests: LoopTests, path: Path) -> None:
     """Test a loop that was saved beside the base, write both results, and log the rows of the average."""
     for comparison in tests.test(path, after_batch=trainer.stop.check):
@@ -166,6 +182,8 @@ def main() -> None:
         return
     machine = arguments.machine_of(args)
     trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard)
+    first, past = plan.stages[0].loop, trainer.past if trainer else plan.last_loop
+    report_lost(plan.folder, range(first, past + 1))
     if trainer is None:
         return
     backbone = trainer.model.backbone

@@ -5,7 +5,7 @@
 Lists and tables of images, logs, images, checkpoints and states (as dictionaries and as bytes), CLIP weights, @FILEs
 and command lines: valid ones with some changes, by hypothesis. An input is taken, or refused by one of the documented
 exceptions (ValueError and OSError; of arguments, exit code 2). Whatever else comes is printed with its input, and so is
-an input that takes over 2 s; then, and where memory grows by more than 1 GB, the exit code is 1.
+an input that takes over 2 s, twice; then, and where memory grows by more than 1 GB, the exit code is 1.
 """
 
 import argparse
@@ -428,6 +428,11 @@ def feed(strategy: st.SearchStrategy, read: Callable[[Any], None], count: int, s
         except Exception:
             failures.append(f"{value!r:.500}\n{traceback.format_exc()[-3000:]}")
         took, passed = time.process_time() - started, time.perf_counter() - began
+        if took > SECONDS:  # the second time of an input that is slow itself is no better
+            started = time.process_time()
+            with contextlib.suppress(Exception):
+                read(value)
+            took = min(took, time.process_time() - started)
         slowest = max(slowest, took)
         if took > SECONDS or passed > WAIT:
             failures.append(f"{value!r:.500}\ntook {took:.1f} s of the processor, {passed:.1f} s in all")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.variants import Job, common_words, folder_of, interval, machine_words, read_average, run_all, with_ends
+from dataset.commands import path_argument
 from dataset.sets import result_name
 from model.weights import REPOSITORY
 from utils import arguments
@@ -37,7 +38,7 @@ SHOWN = ("pixel_auroc", "pixel_ap", "pixel_aupro", "image_auroc", "single_auroc"
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--name", required=True, help="of the comparison: its bases and its results are called so")
-    parser.add_argument("--base_recipe", type=Path, help="@FILE of train.py")
+    parser.add_argument("--base_recipe", type=path_argument, help="@FILE of train.py")
     parser.add_argument("--dataset", required=True, help="data set to test on")
     parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's, or the default")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="of the bases")

@@ -32,6 +32,7 @@ import train
 import train_cross_attention
 from benchmarks.speed import cases, measure
 from benchmarks.standin import standin_backbone
+from dataset.commands import path_argument
 from dataset.prepare import prepare
 from dataset.sets import open_all, open_dataset, result_name
 from model.adapter_cross_attention import ModelConfig, model_fields
@@ -96,9 +97,9 @@ class Job(NamedTuple):
 def parse_arguments() -> argparse.Namespace:
     parser = arguments.make_parser(__doc__)
     parser.add_argument("--name", required=True, help="of the comparison: its runs and its results are called so")
-    parser.add_argument("--resume", type=Path, help="base of all runs; without it each seed trains its own")
-    parser.add_argument("--base_recipe", type=Path, help="@FILE of train.py, where bases are trained")
-    parser.add_argument("--recipe", type=Path, help="@FILE of train_cross_attention.py")
+    parser.add_argument("--resume", type=path_argument, help="base of all runs; without it each seed trains its own")
+    parser.add_argument("--base_recipe", type=path_argument, help="@FILE of train.py, where bases are trained")
+    parser.add_argument("--recipe", type=path_argument, help="@FILE of train_cross_attention.py")
     parser.add_argument("--dataset", nargs="+", required=True, help="data sets to test on")
     arguments.add_own_data_arguments(parser)
     parser.add_argument("--train_dataset", help="data set to train on; without it the recipe's, or the default")

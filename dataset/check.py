@@ -11,14 +11,13 @@ of an MVTec-like tree. Nothing is written. Exit code 0: nothing found; 1: see th
 import argparse
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.commands import make_parser, run_command, show
-from dataset.images import cut_words, read_image, read_mask_pixels
+from dataset.commands import make_parser, name_argument, run_command, show
+from dataset.images import cut_words, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
 from dataset.records import Record, link_target, read_entries
 from dataset.sets import Place, count_differences, find_dataset, list_folder
@@ -27,7 +26,11 @@ from dataset.sets import Place, count_differences, find_dataset, list_folder
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="known names, folders under --data_root, or paths of folders and lists"
+        "names",
+        nargs="+",
+        type=name_argument,
+        metavar="NAME",
+        help="known names, folders under --data_root, or paths of folders and lists",
     )
     return parser.parse_args()
 
@@ -100,7 +103,7 @@ class Finder:
         for path in train_images(place.folder):
             if path.resolve() not in tested:
                 entries.append({"image_path": path.relative_to(place.folder).as_posix(), "label": 0, "mask_path": None})
-        with ThreadPoolExecutor() as pool:
+        with readers() as pool:
             looked = pool.map(lambda entry: self.look(place.folder, entry), entries)
             bar = tqdm(looked, total=len(entries), desc=place.name, unit="image", disable=None)
             looks = list(bar)

@@ -8,7 +8,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dataset.words import printable
+
 DATA_ROOT_VARIABLE = "AACLIP_DATA_ROOT"
+
+
+def path_argument(text: str) -> Path:
+    """A path of the command line; ~ is the home folder."""
+    return Path(name_argument(text))
+
+
+def name_argument(text: str) -> str:
+    """A name or a path of the command line, which cannot be empty; where it begins with ~, the home folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a name or a path, found {text!r}")
+    return os.path.expanduser(text)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -24,7 +38,7 @@ def add_data_root(parser: argparse._ActionsContainer) -> None:
     """Where the data sets lie."""
     parser.add_argument(
         "--data_root",
-        type=Path,
+        type=path_argument,
         default=os.environ.get(DATA_ROOT_VARIABLE, "data"),
         help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
     )
@@ -33,14 +47,6 @@ def add_data_root(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="read images that lie outside a data set's folder, where links in it lead",
     )
-
-
-def printable(text: str) -> str:
-    """A text for a terminal: control characters, which could move its cursor or worse, as escapes.
-
-    Lines and columns stay; so does what a script may print of itself. Names of files and classes hold anything.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(*texts: str) -> None:

@@ -5,6 +5,8 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -13,6 +15,8 @@ from uuid import uuid4
 TEMPORARY = re.compile(r".+\.[0-9a-f]{12}\.tmp")
 # No file takes so long to write.
 LEFTOVER_SECONDS = 3600
+# How long a file waits for its place, in seconds, try by try: on Windows none takes that of one that is just read.
+WAITS = (0.05, 0.2, 0.5, 1.0)
 
 
 @contextmanager
@@ -28,10 +32,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            _replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    remove_leftovers(path.parent, path.name)
+    _clean(path.parent)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for wait in WAITS:
+        try:
+            os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(wait)
+        else:
+            return
+    os.replace(temporary, path)
 
 
 @contextmanager
@@ -45,18 +60,33 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def remove_leftovers(folder: Path, name: str = "", older_than: float = LEFTOVER_SECONDS) -> None:
-    """Remove the temporary files, of files called `name` or of all, that killed processes left in a folder.
+@cache
+def _clean(folder: Path) -> None:
+    """Remove leftovers, once in a process: a folder may hold thousands of files."""
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path, names: tuple[str, ...] = ("*",), older_than: float = LEFTOVER_SECONDS) -> None:
+    """Remove the temporary files, of files called as one of the patterns `names`, that killed processes left.
 
     Those younger than `older_than` seconds may be another process's work.
     """
     for path in folder.iterdir():
-        if path.name.startswith(f"{name}." if name else "") and TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name) and any(fnmatch(path.name, f"{name}.*.tmp") for name in names):
             try:
                 if time.time() - path.stat().st_mtime >= older_than:
                     path.unlink()
             except OSError:
                 continue  # another process was faster, or may not be disturbed
+
+
+def check_place(folder: Path, flag: str) -> None:
+    """Raise ValueError, with the flag that named it, where a folder is none, or cannot be written to or made."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ValueError(f"{flag} {folder}: {nearest} is no folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {folder}: no permission to write to {nearest}.")
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -3,15 +3,17 @@
 import logging
 import math
 import os
+import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dataset.records import Record
@@ -24,6 +26,13 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
 Image.init()  # else Pillow knows only some of them
 # Pixels that are converted at a time, so that what lies between takes little memory.
 BAND = 1 << 22
+# Pixels of an image at most; of one bit each, they fit into a file of a few bytes. Telephones take up to 108 million.
+MOST_PIXELS = 128_000_000
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # whose limit is less
+# Larger images are decoded one after the other, whatever the number of threads.
+LARGE, one_large = 32_000_000, threading.Lock()
+# Threads that read files at most; each has an image in memory.
+MOST_THREADS = 8
 # Masks whose brightest value is less hold numbers of labels.
 DARK = 96
 
@@ -53,9 +62,15 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
     """A file as Pillow opens it; what goes wrong within is a ValueError: not readable as `kind`."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            yield image
+            pixels = image.width * image.height
+            if pixels > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} px, expected at most {MOST_PIXELS:,} pixels")
+            with one_large if pixels > LARGE else nullcontext():
+                yield image
     except Exception as error:  # decoders raise what they like for broken files, AssertionError and IndexError too
         reason = "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"none of the formats that are read: {', '.join(FORMATS)}"
         raise ValueError(f"{path}: not readable as {kind} ({shorten(reason, 160)}).") from error
 
 
@@ -199,6 +214,11 @@ def size_on_disk(path: Path) -> tuple[int, int]:
         return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 
+def readers() -> ThreadPoolExecutor:
+    """Threads to read files with, as many as this machine has processors and memory for."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))
+
+
 def check_files(folder: Path, records: list[Record]) -> None:
     """Read every image and mask once, so that a bad one is found before anything is trained or tested.
 
@@ -209,7 +229,7 @@ def check_files(folder: Path, records: list[Record]) -> None:
         _, mask = _read_both(folder, record)
         return mask is not None and mask.cut
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with readers() as pool:
         checked = pool.map(check, records)
         bar = tqdm(checked, total=len(records), desc="checking images and masks", leave=False, disable=None)
         cut = sum(bar)

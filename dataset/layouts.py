@@ -11,7 +11,10 @@ from pathlib import Path
 
 from dataset.records import Record, check_class, check_entry, leaves_folder
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".jp2", ".j2k", ".pgm", ".ppm", ".pbm", ".pnm"),
+)
 NORMAL_KINDS = ("good", "ok", "normal")
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 OWN_TREES = """

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from dataset.images import read_record, size_on_disk
+from dataset.images import read_record, readers, size_on_disk
 from dataset.records import Record
 from dataset.transforms import Transform
 
@@ -50,7 +49,7 @@ class ImageCache:
     def fill(self) -> None:
         """Read all files. Raises ValueError for one that is not readable."""
         self.pixels = torch.empty(self.size, dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:
+        with readers() as pool:
             loaded = pool.map(self._load, self.parts)
             for _ in tqdm(loaded, total=len(self.parts), desc="reading images into memory", leave=False, disable=None):
                 pass

@@ -5,7 +5,9 @@ A line is {"image_path", "label", "class_name", "mask_path"}, with paths relativ
 
 import hashlib
 import json
+import math
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dataset.files import write_text
+from dataset.words import is_harmless
 
 # Characters of a name or a path in a list.
 LONGEST = 4096
@@ -75,10 +78,12 @@ def check_entry(entry: Any, where: str) -> dict:
         raise ValueError(f"{where}: expected an object with {', '.join(required)}; {missing[0]} is missing.")
     if entry["label"] not in (0, 1):
         raise ValueError(f"{where}: label is {_shown(entry['label'])}, expected 0 (normal) or 1 (anomalous).")
-    entry["mask_path"] = entry.get("mask_path") or None
+    entry["mask_path"] = _mask_path(entry)
     for key in ("image_path", "class_name", "mask_path"):
         if not (entry[key] and isinstance(entry[key], str)) and (key, entry[key]) != ("mask_path", None):
             raise ValueError(f"{where}: {key} is {_shown(entry[key])}, expected a text.")
+        if entry[key] and not _is_text(entry[key]):
+            raise ValueError(f"{where}: {key} is {_shown(entry[key])}, which no file can be called.")
         if entry[key] and len(entry[key]) > LONGEST:
             raise ValueError(f"{where}: {key} has {len(entry[key])} characters, expected at most {LONGEST}.")
         if key != "class_name" and entry[key] and leaves_folder(entry[key]):
@@ -89,8 +94,26 @@ def check_entry(entry: Any, where: str) -> dict:
 
 def check_class(name: str, where: str) -> None:
     """Raise ValueError, beginning with `where`, for a class that cannot be called so in prompts and tables."""
-    if not name.isprintable() or name.isspace():
+    if not all(map(is_harmless, name)) or not name.strip():
         raise ValueError(f"{where}: a class is called {_shown(name)}; expected a name, without control characters.")
+
+
+def _mask_path(entry: dict) -> Any:
+    """What an entry says of its mask, None where it says nothing, as with the NaN that pandas writes."""
+    found = entry.get("mask_path") or None
+    if isinstance(found, float) and math.isnan(found):
+        return None
+    # Of a normal image it is not read, whatever it is.
+    is_path = isinstance(found, str) and len(found) <= LONGEST and _is_text(found) and not leaves_folder(found)
+    return found if is_path or entry["label"] else None
+
+
+def _is_text(path: str) -> bool:
+    """Whether a file may be called so: bytes that are no UTF-8 may, half a surrogate pair and NUL may not."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _shown(value: object) -> str:
@@ -113,7 +136,8 @@ def check_paths(records: list[Record], folder: Path, follow_links: bool = False)
     missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'."
+            f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'. "
+            f"All of them: python -m dataset.check {shlex.quote(str(folder))}{os.sep}"
         )
 
     for path in paths if not follow_links else ():

@@ -5,8 +5,10 @@ All of it only reads; `dataset.prepare` renders and writes what is missing.
 
 import logging
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ class Place:
 class DataSet:
     """A data set on disk, or the part of one that a list names.
 
-    `name`: what results and files about it are called. `source`: the data set that it is, or is part of, which tells
-    whether a model was trained on it. `descriptions`: {class: its name in the prompts}, in the order of the classes.
+    `name`: what results and files about it are called, with a class and a domain that were given for it behind.
+    `source`: the data set that it is, or is part of, which tells whether a model was trained on it. `descriptions`:
+    {class: its name in the prompts}, in the order of the classes.
     """
 
     name: str
@@ -131,14 +134,21 @@ def open_dataset(
             f"--class_name {class_name}: {place.source} has its own names; the flag is for other data sets. To use a "
             f"part of it, give the path of a list with these lines of {FULL}, such as {place.folder / 'part.jsonl'}."
         )
-    records = named(read_place(place, follow_links), class_name)
+    found = read_place(place, follow_links)
+    own = {record.class_name for record in found}
+    records = named(found, class_name)
     for line in count_differences(place.source, records):
         logger.warning("%s: %s.", place.name, line)
     descriptions, plain = _describe(place.source, records)
     if plain and not class_name:
         logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", place.name, "', '".join(plain))
-    found_domain = info.domain if info else domain or next(iter(BLUR))
-    return DataSet(place.name, place.source, place.folder, found_domain, records, descriptions)
+    usual = next(iter(BLUR))
+    found_domain = info.domain if info else domain or usual
+    # What was said of it makes other results, which take another name.
+    said = [class_name] if class_name and class_name not in own else []
+    said += [] if info or found_domain == usual else [found_domain]
+    own_name = "_".join([place.name, *(re.sub(r"[^\w.-]", "_", word) for word in said)])
+    return DataSet(own_name, place.source, place.folder, found_domain, records, descriptions)
 
 
 def _describe(source: str, records: list[Record]) -> tuple[dict[str, str], list[str]]:
@@ -226,6 +236,8 @@ def _find_folder(name: str, root: Path) -> Path:
         hint = f"A folder elsewhere is given as a path: .{os.sep}{name}."
     else:
         hint = "Give the right place with --data_root DIR."
+    likely = get_close_matches(name, [*DATA_SETS, *others], 1)
+    hint += f" Did you mean {likely[0]}?" if likely and likely[0] != name else ""
     raise FileNotFoundError(
         f"Data set {name}: {what}. Expected one of\n{tree}\n    with the images and masks in it "
         f"(dataset/README.md shows the trees). {hint}\n"

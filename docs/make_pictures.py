@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from dataset.commands import add_data_root
+from dataset.commands import add_data_root, path_argument
 from dataset.images import read_record
 from dataset.sets import DataSet, open_dataset
 from dataset.transforms import Transform
@@ -56,9 +56,11 @@ POINTS = 72 / 100
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("ckpt/demo_feedback"), help="folder of the demo's run")
+    parser.add_argument(
+        "--run", type=path_argument, default=Path("ckpt/demo_feedback"), help="folder of the demo's run"
+    )
     add_data_root(parser)
-    parser.add_argument("--shrink", type=Path, help="bring this picture to 256 colours, and stop")
+    parser.add_argument("--shrink", type=path_argument, help="bring this picture to 256 colours, and stop")
     return parser.parse_args()
 
 

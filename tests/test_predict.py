@@ -46,6 +46,15 @@ def test_images_are_files_folders_and_patterns(images):
         find_images([str(images / "*.gif")], Path("predictions"))
 
 
+def test_files_in_folders_that_are_not_read_are_said(images, caplog):
+    (images / "c.heic").touch()
+    (images / ".hidden").touch()
+    (images / "d.png").symlink_to(images / "nowhere.png")
+    assert len(find_images([str(images)], Path("predictions"))) == 3
+    assert "3 files in folders are no images by their names, or lead nowhere" in caplog.text
+    assert "c.heic" in caplog.text and "d.png" in caplog.text and "hidden" not in caplog.text
+
+
 def test_a_photograph_is_turned_once(run, images):
     photo, upright = images / "photo.png", images / "upright.png"
     image = Image.open(images / "a.png").convert("RGB")

@@ -8,17 +8,22 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
-from dataset.commands import add_data_root, printable
+from dataset.commands import add_data_root, path_argument
 from dataset.constants import BLUR
+from dataset.records import check_class
+from dataset.words import printable
 from model.adapter_cross_attention import ModelConfig, model_fields
 from model.weights import WEIGHT_FOLDERS
 from utils.machine import Machine, default_device
 from utils.options import add_fields, add_flag, at_least
 
 
-def _word(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("expected a name")
+def class_argument(text: str) -> str:
+    """What images show, in words that a prompt and a table can hold."""
+    try:
+        check_class(text, "it")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name, without control characters") from None
     return text
 
 
@@ -31,7 +36,7 @@ DOMAIN: dict[str, Any] = {
 CLASS_NAME: dict[str, Any] = {
     "help": "what the images of a data set that is not known show, where all show one thing ('object' works for any); "
     "without it the folder's name",
-    "parse": _word,
+    "parse": class_argument,
     "group": "data",
 }
 NORMAL_IMAGES = (
@@ -87,6 +92,12 @@ class _Parser(argparse.ArgumentParser):
         words = [word.rstrip(":,") for word in message.split() if word.startswith("--")]
         likely = [get_close_matches(word, known, 1) for word in words]
         hint = "".join(f" Did you mean {names[0]}?" for names in likely if names and names[0] not in words)
+        if message.startswith("unrecognized arguments: -") and not words:
+            hint = " A file whose name begins with - is given as ./-NAME."
+        if message.startswith("can't open"):
+            hint = (
+                " An argument that begins with @ stands for a file of arguments; a name that does is given as ./@NAME."
+            )
         said = printable(shorten(message, 400))
         self.exit(2, f"{self.prog}: error: {said}.{hint} --help lists all flags.\n")
 
@@ -123,7 +134,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     group = parser.add_argument_group(PRECISION["group"])
     group.add_argument(
         "--clip_weights",
-        type=Path,
+        type=path_argument,
         help=f"CLIP's weight file; else {', '.join(WEIGHT_FOLDERS)} are searched, then it is downloaded",
     )
     group.add_argument("--device", default=default_device(), help="device PyTorch computes on")

@@ -83,8 +83,7 @@ def save(content: dict, path: Path) -> None:
 
 def read(path: Path) -> dict:
     """The dict in a checkpoint file, on the CPU. Raises FileNotFoundError, or ValueError for any other content."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint. (train.py trains a base; ckpt/demo/base is one.)")
+    check_there(path)
     try:
         content = read_saved(path)
     except Exception as error:  # unpickling damaged bytes may raise anything
@@ -93,6 +92,19 @@ def read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
     return content
+
+
+def check_there(path: Path) -> None:
+    """Raise FileNotFoundError, with what there is, where there is neither a file nor a folder of a checkpoint."""
+    if path.exists():
+        return
+    parent = path.parent
+    there = [file.name for file in loop_files(parent)] if parent.is_dir() else []
+    there = there or sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    hint = (
+        f"In {parent}: {shorten(', '.join(there), 200)}." if there else "train.py trains a base; ckpt/demo/base is one."
+    )
+    raise FileNotFoundError(f"{path}: no such checkpoint. {hint}")
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

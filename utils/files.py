@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dataset.files import write_text
 # Bytes of a name; systems allow 255, and endings are added.
 LONGEST_NAME = 120
 # What Windows takes for a device, whatever stands behind a full stop.
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORECASE)
 # What a spreadsheet takes for the beginning of a formula (https://owasp.org/www-community/attacks/CSV_Injection).
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -72,14 +73,19 @@ def unused_name(text: str, taken: set[str]) -> str:
     """`safe_name` with a number behind where it is taken, also in other letters of case; it is added to `taken`."""
     stem = name = safe_name(text)
     number = 1
-    while name.casefold() in taken:
+    while _key(name) in taken:
         number += 1
         name = f"{stem}__{number}"
-    taken.add(name.casefold())
+    taken.add(_key(name))
     return name
+
+
+def _key(name: str) -> str:
+    """The same for names that are one file on some system: of other case, or of letters that are composed."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def unused_names(texts: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
     """{text: its file name}, no two of which are one file on any system, and none of those `taken`."""
-    used = {name.casefold() for name in taken}
+    used = set(map(_key, taken))
     return {text: unused_name(text, used) for text in texts}

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dataset.commands import PlainFormatter, printable
+from dataset.commands import PlainFormatter
+from dataset.words import printable
 from model.weights import REPOSITORY
 
 

@@ -35,7 +35,11 @@ def at_least(least: float, most: float = MOST, kind: Callable[[str], Any] = int)
     """Parser of a number of that kind from `least` to `most`."""
 
     def number(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shorten(text, 30)!r}: expected {what}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
         if value > most:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dataset.commands import name_argument
 from dataset.transforms import AUGMENTATIONS
 from forward_utils_cross_attention import FEEDBACK
 from utils.arguments import CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION
@@ -47,6 +48,7 @@ class Settings:
         "data set to train on: a known name, a folder under --data_root, or the path of a folder or .jsonl file",
         "VisA",
         "data",
+        parse=name_argument,
     )
     domain: str | None = field(default=None, metadata=DOMAIN)
     class_name: str | None = field(default=None, metadata=CLASS_NAME | {"added": True})

@@ -6,12 +6,12 @@ from types import FrameType
 from utils.errors import TrainingStoppedError
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-# A terminal that closes, which nohup has a job ignore; Windows has no such signal.
-SIGNALS = [*STOPS, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+# A terminal that closes, which nohup has a job ignore; on Windows Ctrl-Break, and a console that closes.
+SIGNALS = [*STOPS, *(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))]
 
 
 class StopSignal:
-    """Notes SIGINT, SIGTERM and SIGHUP, so that the job ends at its next check; a second one stops it at once."""
+    """Notes SIGINT, SIGTERM and the like, so that the job ends at its next check; a second one stops it at once."""
 
     received: str | None = None
 

@@ -19,9 +19,9 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from benchmarks.standin import Scripted
-from dataset.images import read_defect, read_image, size_on_disk
+from dataset.images import one_large, read_defect, read_image, size_on_disk
 from dataset.layouts import visa
-from dataset.records import check_paths, read_records
+from dataset.records import Record, check_paths, read_records
 from dataset.sets import open_dataset
 from model.backbone import load_backbone
 from model.weights import read_saved, read_weights
@@ -405,10 +405,11 @@ def test_what_a_state_holds_is_checked(scripts, base, run, tmp_path, capsys, cha
 # images
 
 
-def png_without_palette() -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+
+def png_without_palette() -> bytes:
     head = struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(20))) + chunk(b"IEND", b"")
 
@@ -435,6 +436,22 @@ def test_whatever_a_decoder_raises_is_one_images_failure(tmp_path, write):
     for read in (read_image, read_defect):
         with pytest.raises(ValueError, match=r"x\.png: not readable as"):
             read(path)
+
+
+@pytest.mark.parametrize("size", [(20_000, 8_000), (13_000, 13_000), (1, 130_000_000)])
+def test_a_small_file_of_a_huge_image_is_refused(tmp_path, size):
+    head = struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b""))
+    for read in (read_image, size_on_disk, read_defect):
+        with pytest.raises(ValueError, match="expected at most 128,000,000 pixels"):
+            read(tmp_path / "x.png")
+
+
+def test_large_images_are_decoded_one_after_the_other(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    monkeypatch.setattr("dataset.images.LARGE", 63)
+    monkeypatch.setattr("dataset.images.as_rgb", lambda image: one_large.locked())
+    assert read_image(tmp_path / "x.png") is True and not one_large.locked()
 
 
 def test_a_decoder_that_fails_in_its_own_way_is_a_value_error(tmp_path, monkeypatch):
@@ -478,6 +495,9 @@ def test_large_images_are_converted_band_by_band_to_the_same_pixels(tmp_path, mo
         ('{"image_path": "a", "label": 0, "class_name": "b\\u001b[2J"}', "without control characters"),
         ('{"image_path": "a", "label": 0, "class_name": " "}', "expected a name"),
         ('{"image_path": "../a", "label": 0, "class_name": "b"}', "outside the data set's folder"),
+        ('{"image_path": "a\\u0000b", "label": 0, "class_name": "b"}', "which no file can be called"),
+        ('{"image_path": "a\\ud800b", "label": 0, "class_name": "b"}', "which no file can be called"),
+        ('{"image_path": "a", "label": 1, "class_name": "b", "mask_path": "a\\u0000"}', "which no file can be called"),
     ],
 )
 def test_lists_that_are_none_are_refused_at_once(tmp_path, line, message):
@@ -486,6 +506,19 @@ def test_lists_that_are_none_are_refused_at_once(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as error:
         read_records(tmp_path / "x.jsonl")
     assert time.monotonic() - started < 2 and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("mask", ["NaN", '"../x"', '"/etc/passwd"', '"a\\u0000"', "[]", "3"])
+def test_a_mask_of_a_normal_image_is_not_read_whatever_it_is(tmp_path, mask):
+    line = f'{{"image_path": "a", "label": 0, "class_name": "b\u00a0c", "mask_path": {mask}}}'
+    (tmp_path / "x.jsonl").write_text(line, encoding="utf-8")
+    assert read_records(tmp_path / "x.jsonl") == [Record("a", 0, "b\u00a0c")]
+    (tmp_path / "x.jsonl").write_text(line.replace('"label": 0', '"label": 1'), encoding="utf-8")
+    if mask == "NaN":
+        assert read_records(tmp_path / "x.jsonl") == [Record("a", 1, "b\u00a0c")]
+    elif mask != "[]":
+        with pytest.raises(ValueError, match="mask_path"):
+            read_records(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize(

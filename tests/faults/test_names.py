@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset.commands import PlainFormatter, printable
+from dataset.commands import PlainFormatter
 from dataset.sets import open_dataset
+from dataset.words import is_harmless, on_one_line, printable
 from tests.conftest import EPOCHS, listing, write_small_dataset
 from utils.files import safe_name, unused_names, write_csv
 from utils.report.plots import Example, Panel, draw_examples
@@ -38,12 +40,19 @@ def test_no_two_names_are_one_file(texts):
         assert re.fullmatch(r"[\w.-]+", name) and len(name.encode()) < 140 and not name.startswith(".")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "con", "NUL.png", "a" * 300, "é" * 200, "\udc80", "a\x00b", "x."])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "con", "com¹", "NUL.png", "a" * 300, "é" * 200, "\udc80", "a\x00b", "x."]
+)
 def test_every_name_is_a_file_name_on_every_system(tmp_path, name):
     safe = safe_name(name)
     (tmp_path / f"{safe}.png").touch()
-    assert safe.split(".")[0].casefold() not in ("con", "nul") and safe == safe_name(name)
+    assert safe.split(".")[0].casefold() not in ("con", "nul", "com¹") and safe == safe_name(name)
     assert safe_name("a" * 300) != safe_name("a" * 301)
+
+
+def test_letters_that_are_composed_make_no_other_file():
+    names = unused_names(["caf\u00e9", "cafe\u0301", "CAF\u00c9", "\uff21", "a"])
+    assert len({unicodedata.normalize("NFKC", name).casefold() for name in names.values()}) == 5
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +91,15 @@ def test_a_table_is_no_formula_and_no_macro(tmp_path):
     assert [row["name"] for row in found] == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "x=1"]
     assert {row["value"] for row in found} == {"-1.5"}
     assert latex_text("a\\b^c~d") == "a\\textbackslash{}b\\textasciicircum{}c\\textasciitilde{}d"
+    assert on_one_line("a\nb\tc\u00a0d") == "a\\nb\\tc\u00a0d"
     assert latex_text("50 % & $x_1$ {#}") == "50 \\% \\& \\$x\\_1\\$ \\{\\#\\}"
 
 
 @given(st.text())
 def test_nothing_but_lines_and_columns_reaches_a_terminal(text):
     shown = printable(text)
-    assert all(c.isprintable() or c in "\n\t" for c in shown)
+    assert all(is_harmless(c) or c in "\n\t" for c in shown)
+    assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cs", "Zl", "Zp"} - {unicodedata.category("\n")}
     assert printable(shown) == shown
     assert PlainFormatter().format(logging.LogRecord("x", 0, "", 0, "%s", (text,), None)) == shown
 
@@ -152,6 +163,32 @@ def test_results_never_take_the_place_of_an_input(scripts, run, tmp_path, capsys
         assert scripts(*command, folder / "b.jpg", "--save_path", results) == 0
     assert scripts(*command, results / "b.png", "--save_path", results) == 2  # but not where one is judged
     assert "b.png is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--images", ""], "expected a name or a path, found ''"),
+        (["--ckpt", " "], "expected a name or a path, found ' '"),
+        (["--class_name", ""], "expected a name, without control characters"),
+        (["--class_name", "a\x1bb"], "expected a name, without control characters"),
+        (["--save_path", "FILE"], "is no folder"),
+        (["--save_path", "FILE/x"], "is no folder"),
+        (["--ckpt", "RUN/loop_7.pth"], "loop_0.pth, loop_1.pth, loop_2.pth"),
+        (["--images", "-x.png"], "expected at least one argument"),
+        (["-x.png"], "is given as ./-NAME"),
+        (["--images", "FILE/*.txt"], "nothing in predictions, where the results go"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_anything_is_read(
+    scripts, run, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(prepared(tmp_path / "own", ("a.png",)))
+    Path("FILE").touch()
+    words = [word.replace("RUN", str(run)) for word in words]
+    command = ["--ckpt", run / "loop_1.pth", "--images", "a.png", "--device", "cpu"]
+    assert scripts("predict", *command, *words) == 2
+    assert message in capsys.readouterr().err and sorted(os.listdir()) == ["FILE", "a.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink") or sys.platform == "win32", reason="links")
@@ -218,7 +255,11 @@ def test_a_picture_has_a_bounded_size_and_no_formulas(tmp_path):
         (["--shot", "9" * 30], "expected at most"),
         (["--num_workers", "9999"], "expected at most"),
         (["--surgery_until_layer", "99"], "expected 1 to"),
-        (["--seed", "1" * 5000], "invalid"),
+        (["--seed", "1" * 5000], "expected a whole number"),
+        (["--text_batch_size", "1e3"], "'1e3': expected a whole number"),
+        (["--save_path", ""], "expected a name or a path, found ''"),
+        (["--class_name", "b\tc"], "without control characters"),
+        (["@nowhere"], "a name that does is given as ./@NAME"),
     ],
 )
 def test_absurd_arguments_end_at_once_with_one_line(scripts, tmp_path, monkeypatch, capsys, words, message):

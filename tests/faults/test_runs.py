@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dataset import files
 from dataset.files import replacing, write_text
@@ -156,7 +156,7 @@ def test_a_folder_with_nothing_but_leftovers_is_new(scripts, base, run, tmp_path
     assert "has no state.pth" in capsys.readouterr().err
 
 
-def test_old_leftovers_go_with_the_next_file_of_their_name(tmp_path):
+def test_old_leftovers_go_with_the_next_file(tmp_path):
     old, young, other = (tmp_path / name for name in ("x.0123456789ab.tmp", "x.0123456789ac.tmp", "y.0123456789ab.tmp"))
     for path in (old, young, other):
         path.touch()
@@ -164,7 +164,52 @@ def test_old_leftovers_go_with_the_next_file_of_their_name(tmp_path):
         os.utime(path, (0, 0))
     with replacing(tmp_path / "x") as file:
         file.write(b"1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", young.name, other.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", young.name]
+    # Once in a process: a folder may hold thousands of files.
+    other.touch()
+    os.utime(other, (0, 0))
+    write_text(tmp_path / "x", "2")
+    assert other.exists()
+
+
+def test_a_file_that_is_read_just_now_is_replaced_a_moment_later(tmp_path, monkeypatch):
+    original, tries = os.replace, []
+
+    def locked(*paths):
+        tries.append(paths)
+        if len(tries) < 3:
+            raise PermissionError(13, "in use")
+        original(*paths)
+
+    monkeypatch.setattr(files.os, "replace", locked)
+    assert write_text(tmp_path / "x", "1").read_text() == "1" and len(tries) == 3
+    monkeypatch.setattr(files, "WAITS", ())
+    tries.clear()
+    with pytest.raises(PermissionError, match="in use"):
+        write_text(tmp_path / "x", "2")
+    assert listing(tmp_path).keys() == {"x"} and (tmp_path / "x").read_text() == "1"
+
+
+def test_what_others_write_in_the_folder_of_a_run_stays(tmp_path):
+    theirs, own = "loop_1_mvtec.csv.0123456789ab.tmp", "state.pth.0123456789ab.tmp"
+    for name in (theirs, own, "notes.tmp"):
+        (tmp_path / name).touch()
+    with folders.locked(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == [theirs, "notes.tmp"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Timeout("x"), NotImplementedError("no locks"), OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOTSUP, "")],
+)
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog, error):
+    def acquire(self, **options):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with folders.locked(tmp_path):
+        assert "has no locks" in caplog.text
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
 def test_a_folder_in_use_is_refused(scripts, base, run, tmp_path, monkeypatch, capsys):
@@ -173,7 +218,9 @@ def test_a_folder_in_use_is_refused(scripts, base, run, tmp_path, monkeypatch, c
     (tmp_path / "x").mkdir()
     with FileLock(tmp_path / "x" / folders.LOCK_FILE):
         before = listing(tmp_path)
+        monkeypatch.setattr("utils.training.start.load_training_data", None)  # nothing is read
         assert scripts(*command) == 2
+        monkeypatch.undo()
         assert "another process trains there" in capsys.readouterr().err
         assert listing(tmp_path).keys() == before.keys()
     assert scripts(*command) == 0
@@ -235,6 +282,50 @@ def test_a_damaged_log_stops_no_run(scripts, base, run, cut, tmp_path, capsys, d
     assert len(list(log.parent.glob("log_damaged_*.csv"))) == (0 if gone else 1)
     assert read_log(log.parent) and read_log(log.parent)[-1] == read_log(run)[-1]
     assert_same_tensors(tmp_path / "x" / "loop_2.pth", run / "loop_2.pth")
+
+
+def test_a_log_goes_on_with_what_it_can_keep(scripts, base, run, cut, tmp_path, capsys):
+    log = shutil.copytree(run, tmp_path / "x") / "log.csv"
+    whole = log.read_text(encoding="utf-8")
+    number = re.search(r",(-?\d+\.\d+)", whole)[1]
+    whole = whole.replace(number, "-0.25", 1)  # which a spreadsheet would take for a formula
+    log.write_text(whole, encoding="utf-8")
+    command = [*EXTEND[:-1], "--resume", base, "--save_path", log.parent, "--loops"]
+    assert scripts(*command, "3") == 0
+    assert log.read_text(encoding="utf-8").startswith(whole) and "earlier epochs" not in capsys.readouterr().err
+    rows = whole.splitlines()
+    cut_short = [row for row in rows if not row.startswith("epoch,1,")]
+    log.write_text("\n".join([f"{cut_short[0]},mine", *(f"{row},7" for row in cut_short[1:]), ""]), encoding="utf-8")
+    assert scripts(*command, "4") == 0
+    said = capsys.readouterr().err
+    assert "columns of others; set aside as log_damaged_" in said
+    assert f"the rows of {len(rows) - len(cut_short)} earlier epochs are lost" in said
+    (aside,) = log.parent.glob("log_damaged_*.csv")
+    assert ",mine" in aside.read_text(encoding="utf-8") and ",mine" not in log.read_text(encoding="utf-8")
+
+
+def test_a_loop_that_is_lost_is_said(scripts, base, run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "x")
+    (folder / "loop_1.pth").unlink()
+    (folder / "loop_2.pth").write_bytes((folder / "loop_2.pth").read_bytes()[:500])
+    assert scripts(*EXTEND, "--resume", base, "--save_path", folder) == 0
+    said = capsys.readouterr().err
+    assert "loop_1.pth is missing, and the run is past it" in said and "loop_2.pth is damaged" in said
+
+
+def test_held_out_losses_that_are_no_numbers_end_a_run(scripts, tmp_path, monkeypatch, capsys):
+    original = Trainer.losses
+
+    def broken(self, *arguments):
+        loss, terms = original(self, *arguments)
+        return (loss, terms) if torch.is_grad_enabled() else (loss * torch.nan, terms)
+
+    command = ["train", *SMALL, *EPOCHS, "--val_fraction", "0.5", "--save_path", tmp_path / "x"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "losses", broken)
+        assert scripts(*command) == 1
+    assert "loss is nan at" in (said := capsys.readouterr().err) and "held out" in said
+    assert scripts(*command) == 0
 
 
 def test_a_report_goes_without_the_curves_of_a_damaged_log(tmp_path, caplog):

@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
-from dataset.commands import printable
 from dataset.files import replacing
+from dataset.words import printable
 
 PANEL_INCHES = 1.7
 OUTLINE = "cyan"

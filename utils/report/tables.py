@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.commands import printable
 from dataset.constants import DATA_SETS
 from dataset.files import write_text
 from dataset.sets import DataSet, count_images
+from dataset.words import printable
 from utils.files import write_csv
 from utils.testing.bootstrap import CONFIDENCE, MIN_IMAGES, enough
 from utils.testing.comparison import Comparison
@@ -234,7 +234,8 @@ def write_latex(comparison: Comparison, path: Path) -> Path:
     ]
     for row in comparison.rows[AVERAGE]:
         indent = "\\quad " if row.less else ""
-        cells = [indent + latex_text(row.name), *(latex_cell(row, name) for name in COLUMNS)]
+        # Braces, since a * or a [ behind the end of the last row would be part of that.
+        cells = [indent + f"{{{latex_text(row.name)}}}", *(latex_cell(row, name) for name in COLUMNS)]
         lines.append(" & ".join(cells) + " \\\\")
     return write_text(path, "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""]))
 

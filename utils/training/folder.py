@@ -4,21 +4,24 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
 
-from dataset.files import TEMPORARY, remove_leftovers
+from dataset.files import TEMPORARY, check_place, remove_leftovers
 from model.adapter_cross_attention import ModelConfig
 from utils import checkpoints
 from utils.options import completed
 from utils.schema import RunState, expect
 from utils.settings import Settings
-from utils.training.plan import Plan, Position, Stage
+from utils.training.plan import VAL_CLASSES_FILE, Plan, Position, Stage
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
+# Files that a training writes.
+OWN_FILES = ("*.pth", "log.csv", VAL_CLASSES_FILE, "*-shot*.jsonl")
 # Measures of every step, which the log reads.
 LOGGED = {"loss", "anchor_separation", "emptied_masks"}
 # The reading processes of a run that was killed hold its lock until they notice.
@@ -33,19 +36,44 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
+    if not _acquired(lock):
+        if _has_locks(folder):
+            raise ValueError(
+                f"{folder}: another process trains there (it holds {LOCK_FILE}). Wait for it, or take another "
+                "--save_path."
+            )
+        logger.warning("%s: this file system has no locks, so do not train there twice at once.", folder)
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise ValueError(
-            f"{folder}: another process trains there (it holds {LOCK_FILE}). Wait for it, or take another --save_path."
-        ) from error
-    except NotImplementedError as error:
-        logger.warning("%s: this file system has no locks (%s), so do not train there twice at once.", folder, error)
-    try:
-        remove_leftovers(folder, older_than=0)
+        remove_leftovers(folder, OWN_FILES, older_than=0)
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float = LOCK_SECONDS) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except (Timeout, NotImplementedError, OSError):  # what a file system without locks gives, version by version
+        return False
+    return True
+
+
+def _has_locks(folder: Path) -> bool:
+    """Whether a file that nobody else knows can be locked."""
+    path = folder / f"{LOCK_FILE}.{uuid4().hex[:12]}.tmp"
+    lock = FileLock(path)
+    try:
+        return _acquired(lock, seconds=0)
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError where another process trains in a folder, before anything is read."""
+    if (folder / LOCK_FILE).is_file():
+        with locked(folder):
+            pass
 
 
 def open_run(plan: Plan) -> dict | None:
@@ -55,11 +83,14 @@ def open_run(plan: Plan) -> dict | None:
     ValueError where the folder holds anything else, or a run of another base, other arguments or more loops.
     """
     folder, header = plan.folder, plan.header
+    check_place(folder, "--save_path")
     if not folder.exists() or (folder.is_dir() and all(map(_is_left_over, folder.iterdir()))):
         return None
     loops = checkpoints.loop_files(folder)
     rescue = f", or go on from {loops[-1]} with --resume and a new --save_path" if loops else ""
     path = folder / checkpoints.STATE_FILE
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Choose another --save_path.")
     if not path.is_file():
         raise ValueError(
             f"{folder} exists and has no {path.name}, so no run goes on there. Choose another --save_path{rescue}."

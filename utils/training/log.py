@@ -1,6 +1,7 @@
 """What a training says and writes as it goes: log.csv, TensorBoard, and the end of each stage in words."""
 
 import csv
+import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dataset.files import naming
+from dataset.files import naming, write_text
 from model.adapter_cross_attention import MODULES, STAGES
-from utils.files import read_csv, write_csv
+from utils.files import read_csv
 from utils.training.measures import Means
 from utils.training.plan import Plan, Position, Stage, stage_title
 
@@ -50,19 +51,35 @@ class CsvLog:
 
     def __init__(self, path: Path, columns: list[str]):
         self.path, self.columns = path, columns
+        self.rows: list[dict[str, str]] = []  # that were there when it was opened
         self.waiting: list[dict] = []
 
     def open(self, keep: Callable[[dict[str, str]], bool]) -> None:
-        """Start the file, or go on with one, keeping the rows that `keep` accepts."""
-        rows: list[dict[str, str]] = []
+        """Start the file, or go on with one, keeping the rows that `keep` accepts.
+
+        One that cannot be read, or was changed by others, is set aside first.
+        """
+        self.rows = []
+        if self.path.exists() and not self.path.is_file():
+            self._set_aside("no file")
         if self.path.exists():
             try:
-                rows = [row for row in read_csv(self.path, self.columns[:5]) if keep(row)]
-            except (ValueError, OSError) as error:
-                aside = self.path.with_name(f"{self.path.stem}_damaged_{uuid4().hex[:6]}{self.path.suffix}")
-                self.path.rename(aside)
-                logger.warning("%s: damaged (%s); set aside as %s, and begun anew.", self.path, error, aside.name)
-        write_csv(self.path, rows, self.columns)
+                found = read_csv(self.path, self.columns[:5])
+                self.rows = [{name: row.get(name, "") for name in self.columns} for row in found if keep(row)]
+                if found and found[0].keys() - set(self.columns):
+                    self._set_aside("it has columns of others")
+            except ValueError as error:
+                self._set_aside(f"damaged ({error})")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+    def _set_aside(self, reason: str) -> None:
+        aside = self.path.with_name(f"{self.path.stem}_damaged_{uuid4().hex[:6]}{self.path.suffix}")
+        self.path.rename(aside)
+        logger.warning("%s: %s; set aside as %s, and begun anew.", self.path, reason, aside.name)
 
     def write(self, row: dict) -> None:
         """Append a row; columns that it lacks stay empty."""
@@ -97,6 +114,10 @@ class TrainingLog:
         """Begin, or go on from `position`, which later rows of an earlier start give way to."""
         now = position.order()
         self.csv.open(keep=lambda row: _row_order(row) < now)
+        done = sum(stage.epochs for stage in self.plan.stages if Position(stage.loop, stage.name).order()[:2] < now[:2])
+        lost = done + position.epoch - sum(row["kind"] == "epoch" for row in self.csv.rows)
+        if lost > 0:
+            logger.warning("%s: the rows of %d earlier epochs are lost; the training goes on.", self.csv.path, lost)
         if self._open_board:
             self._board = self._open_board(self.plan.folder / "tensorboard")
 

@@ -7,7 +7,7 @@ from utils.checkpoints import STATE_FILE, Checkpoint
 from utils.machine import Machine
 from utils.models import build_model, check_clip, check_modules
 from utils.training.data import load_training_data
-from utils.training.folder import check_data, check_state, open_run
+from utils.training.folder import check_data, check_free, check_state, open_run
 from utils.training.log import tensorboard_writer
 from utils.training.plan import Plan, describe_plan
 from utils.training.trainer import Trainer
@@ -25,6 +25,7 @@ def start(
     """
     description = describe_plan(plan)  # which finds what does not fit the model, before anything is read or made
     state = open_run(plan)
+    check_free(plan.folder)
     if state and state["position"][0] > plan.last_loop:
         logger.info("%s is finished up to loop %d; there is nothing left to train.", plan.folder, plan.last_loop)
         return None

@@ -62,6 +62,11 @@ class Trainer:
         self._state = state
         self._saved_at = time.monotonic()
 
+    @property
+    def past(self) -> int:
+        """The last loop that an earlier start finished, 0 where there is none."""
+        return self._state["position"][0] - 1 if self._state else 0
+
     # state
 
     def open_folder(self) -> None:
@@ -231,7 +236,9 @@ class Trainer:
         loader = make_loader(dataset, stage.batch_size, self.num_workers)
         for batch in progress(loader, desc="held out", leave=False):
             loss, terms = self.losses(stage, batch, text)
-            means.add(to_floats({"loss": loss, **terms}))
+            values = to_floats({"loss": loss, **terms})
+            self._check_finite(values, batch, "these images are held out, the epoch before is not saved as done")
+            means.add(values)
         return means.get()
 
     def calibrate(self) -> dict | None:
