@@ -40,7 +40,7 @@ class Place:
 class DataSet:
     """A data set on disk, or the part of one that a list names.
 
-    `name`: what results and files about it are called, with a class and a domain that were given for it behind.
+    `name`: what results and files about it are called, with the class that was given for it behind.
     `source`: the data set that it is, or is part of, which tells whether a model was trained on it. `descriptions`:
     {class: its name in the prompts}, in the order of the classes.
     """
@@ -142,13 +142,11 @@ def open_dataset(
     descriptions, plain = _describe(place.source, records)
     if plain and not class_name:
         logger.info("%s: no descriptive names for some classes; the prompts say '%s'.", place.name, "', '".join(plain))
-    usual = next(iter(BLUR))
-    found_domain = info.domain if info else domain or usual
-    # What was said of it makes other results, which take another name.
-    said = [class_name] if class_name and class_name not in own else []
-    said += [] if info or found_domain == usual else [found_domain]
-    own_name = "_".join([place.name, *(re.sub(r"[^\w.-]", "_", word) for word in said)])
-    return DataSet(own_name, place.source, place.folder, found_domain, records, descriptions)
+    found_domain = info.domain if info else domain or next(iter(BLUR))
+    name = place.name
+    if class_name and class_name not in own:  # other prompts give other results, which take another name
+        name += "_" + re.sub(r"[^\w.-]", "_", class_name)
+    return DataSet(name, place.source, place.folder, found_domain, records, descriptions)
 
 
 def _describe(source: str, records: list[Record]) -> tuple[dict[str, str], list[str]]:

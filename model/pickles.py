@@ -46,7 +46,7 @@ WITH_VALUE = {
 SILENT = {"PROTO", "FRAME", "STOP"}
 # Instructions of a pickle, and values in a file, containers and tensors together; the state of a ViT-L/14 run has
 # 10,000 and 500.
-MOST = 300_000
+MOST = 200_000
 # Containers within containers, and dimensions of a tensor.
 DEEPEST = 100
 # Letters of a name.
@@ -224,7 +224,7 @@ class _Reading:
         """What needs a name: tensors, their storages, and modules of TorchScript."""
         if instruction in ("GLOBAL", "STACK_GLOBAL"):
             module, name = value.split(" ", 1) if value else (self.stack.pop(-2), self.stack.pop())
-            self.stack.append(self._known(Named(module, name)))
+            self.stack.append(self._known(Named(_word(module), _word(name))))
         elif instruction == "BINPERSID":
             self.stack.append(self._storage(*_few(self.stack.pop())))
         elif instruction in ("NEWOBJ", "REDUCE"):
@@ -272,14 +272,21 @@ class _Reading:
     def _storage(self, kind: str, named: Named, key: str, *_device_and_size: Any) -> Tensor:
         if kind != "storage" or named.module != "torch":
             raise TypeError
-        return self.archive.storage(key, STORAGES[named.name])
+        return self.archive.storage(_word(key), STORAGES[named.name])
 
 
 def _few(values: Any) -> tuple:
-    """A tuple that is short, whatever is done with it and however often."""
+    """A tuple that is short, so that a pickle may use it many times."""
     if type(values) is not tuple or len(values) > DEEPEST:
         raise TypeError
     return values
+
+
+def _word(value: Any) -> str:
+    """A text that is short, for the same reason."""
+    if type(value) is not str or len(value) > LONGEST:
+        raise TypeError
+    return value
 
 
 def _view(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:

@@ -197,9 +197,8 @@ def test_class_name_renames_the_one_class_of_unknown_data(root):
     write_small_dataset(root / "one", per_kind=1, classes=("c1",))
     data = open_dataset("one", root, class_name="metal bolt")
     assert data.descriptions == {"metal bolt": "metal bolt"}
-    # Other prompts and another domain give other results, which do not replace those without.
+    # Other prompts give other results, which do not replace those without.
     assert data.name == "one_metal_bolt" and open_dataset("one", root, class_name="c1").name == "one"
-    assert open_dataset("one", root, domain="medical").name == "one_medical"
     with pytest.raises(ValueError, match="names the one class of a data set; this has candle, metal_nut"):
         open_dataset("small", root, class_name="metal bolt")
     write_small_dataset(root / "mtd", per_kind=1, classes=("magnetic_tile",))

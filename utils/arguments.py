@@ -94,7 +94,8 @@ class _Parser(argparse.ArgumentParser):
         hint = "".join(f" Did you mean {names[0]}?" for names in likely if names and names[0] not in words)
         if message.startswith("unrecognized arguments: -") and not words:
             hint = " A file whose name begins with - is given as ./-NAME."
-        if message.startswith("can't open"):
+        if message.startswith("[Errno"):  # of opening an @FILE
+            message = f"@FILE: {message.partition('] ')[2]}"
             hint = (
                 " An argument that begins with @ stands for a file of arguments; a name that does is given as ./@NAME."
             )

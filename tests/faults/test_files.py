@@ -208,8 +208,19 @@ HOSTILE = {
         lambda path: pickled(path, b"})" + b"q\x01h\x01\x86" * 200 + b"K\x01s"),
         "has tuple as a key",
     ),
-    "2^90 values": (lambda path: pickled(path, b"]" + b"q\x01h\x01\x86" * 90), "more than 300,000 values"),
-    "tuples within tuples": (lambda path: pickled(path, b")" + b"\x85" * 2_000_000), "more than 300,000 values"),
+    "a name of 2^200 tuples": (
+        lambda path: pickled(path, b"})" + b"q\x01h\x01\x86" * 200 + b"X\x01\0\0\0a\x93"),
+        "damaged, at STACK_GLOBAL",
+    ),
+    "a storage of 2^200 tuples": (
+        lambda path: pickled(
+            path,
+            b"(X\x07\0\0\0storagectorch\nFloatStorage\n)" + b"q\x01h\x01\x86" * 200 + b"X\x03\0\0\0cpuK\x01tQ",
+        ),
+        "damaged, at BINPERSID",
+    ),
+    "2^90 values": (lambda path: pickled(path, b"]" + b"q\x01h\x01\x86" * 90), "more than 200,000 values"),
+    "tuples within tuples": (lambda path: pickled(path, b")" + b"\x85" * 2_000_000), "more than 200,000 values"),
     "a thousand tuples": (lambda path: pickled(path, b")" + b"\x85" * 1000), "100 containers within each other"),
     "a list in itself": (lambda path: pickled(path, b"]q\x01h\x01a"), "100 containers within each other"),
     "another pickle before it": (

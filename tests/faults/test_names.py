@@ -91,6 +91,7 @@ def test_a_table_is_no_formula_and_no_macro(tmp_path):
     assert [row["name"] for row in found] == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "x=1"]
     assert {row["value"] for row in found} == {"-1.5"}
     assert latex_text("a\\b^c~d") == "a\\textbackslash{}b\\textasciicircum{}c\\textasciitilde{}d"
+    assert latex_text("[x]*") == "{}[x]*" and latex_text("*") == "{}*"
     assert on_one_line("a\nb\tc\u00a0d") == "a\\nb\\tc\u00a0d"
     assert latex_text("50 % & $x_1$ {#}") == "50 \\% \\& \\$x\\_1\\$ \\{\\#\\}"
 

@@ -234,8 +234,7 @@ def write_latex(comparison: Comparison, path: Path) -> Path:
     ]
     for row in comparison.rows[AVERAGE]:
         indent = "\\quad " if row.less else ""
-        # Braces, since a * or a [ behind the end of the last row would be part of that.
-        cells = [indent + f"{{{latex_text(row.name)}}}", *(latex_cell(row, name) for name in COLUMNS)]
+        cells = [indent + latex_text(row.name), *(latex_cell(row, name) for name in COLUMNS)]
         lines.append(" & ".join(cells) + " \\\\")
     return write_text(path, "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""]))
 
@@ -255,4 +254,5 @@ def latex_cell(row: Row, metric: str) -> str:
 
 def latex_text(text: str) -> str:
     """Plain text for LaTeX."""
-    return "".join(LATEX.get(character, character) for character in printable(text))
+    guard = "{}" if text.startswith(("*", "[")) else ""  # which behind the end of a row would be part of that
+    return guard + "".join(LATEX.get(character, character) for character in printable(text))

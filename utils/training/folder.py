@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 # Files that a training writes.
-OWN_FILES = ("*.pth", "log.csv", VAL_CLASSES_FILE, "*-shot*.jsonl")
+OWN_FILES = ("*.pth", "log.csv", "training.png", VAL_CLASSES_FILE, "*-shot*.jsonl")
 # Measures of every step, which the log reads.
 LOGGED = {"loss", "anchor_separation", "emptied_masks"}
 # The reading processes of a run that was killed hold its lock until they notice.
