@@ -52,6 +52,8 @@ logger = logging.getLogger("predict")
 
 # Longer side of the image in pictures, px.
 PICTURE_SIZE = 600
+# Columns of the printed table that the path of an image takes.
+WIDEST = 80
 TABLE = "predictions.csv"
 COLUMNS = (
     *("image", "model", "single_score", "decision", "probability"),
@@ -65,7 +67,11 @@ def parse_arguments() -> argparse.Namespace:
         "--ckpt", type=path_argument, nargs="+", required=True, help="loop files, run folders or base models"
     )
     parser.add_argument(
-        "--images", type=name_argument, nargs="+", required=True, help="files, folders (with all within) or patterns"
+        "--images",
+        type=name_argument,
+        nargs="+",
+        required=True,
+        help="files, folders (with all within but hidden ones) or patterns",
     )
     parser.add_argument(
         "--class_name",
@@ -209,6 +215,7 @@ def draw(
 def table(rows: list[dict]) -> str:
     """Image, model, single-image score, probability and decision of each row."""
     names_of_images = [on_one_line(row["image"]) for row in rows]
+    names_of_images = [name if len(name) <= WIDEST else f"...{name[3 - WIDEST :]}" for name in names_of_images]
     width = max(map(len, names_of_images))
     names = max(len(row["model"]) for row in rows)
     lines = [f"{'image':{width}}  {'model':{names}}  single-image score  probability  decision"]

@@ -10,6 +10,7 @@ it stopped.
 import argparse
 import logging
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
@@ -126,9 +127,9 @@ def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
 
 
 def keep_base(trainer: Trainer, source: Checkpoint) -> None:
-    """Write loop_0.pth, the base that the run is compared with, unless it is there."""
+    """Write loop_0.pth, the base that the run is compared with, unless it is there and whole."""
     path = trainer.folder / "loop_0.pth"
-    if path.exists():
+    if path.is_file() and zipfile.is_zipfile(path):
         return
     if source.is_loop_file:
         checkpoints.save(checkpoints.read(source.folder / "loop_0.pth"), path)
@@ -152,9 +153,9 @@ def save_loop(trainer: Trainer, loop: int) -> Path:
     return path
 
 
-def report_lost(folder: Path, loops: range) -> None:
+def report_lost(folder: Path, loops: Iterable[int]) -> None:
     """Say which files of finished loops are gone or damaged: the run is past them, and does not write them again."""
-    for path in (folder / f"loop_{loop}.pth" for loop in loops):
+    for path in (folder / f"loop_{loop}.pth" for loop in dict.fromkeys(loops)):
         if not path.is_file() or not zipfile.is_zipfile(path):
             logger.warning(
                 "%s is %s, and the run is past it. To have it again, repeat the run in another --save_path: the same "
@@ -182,10 +183,10 @@ def main() -> None:
         return
     machine = arguments.machine_of(args)
     trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard)
-    first, past = plan.stages[0].loop, trainer.past if trainer else plan.last_loop
-    report_lost(plan.folder, range(first, past + 1))
     if trainer is None:
+        report_lost(plan.folder, [0, *(stage.loop for stage in plan.stages)])
         return
+    report_lost(plan.folder, range(plan.stages[0].loop, trainer.past + 1))
     backbone = trainer.model.backbone
     batching = Batching(EVAL_BATCH, machine.num_workers, plan.settings.precision)
     data_sets = open_eval_sets(args.eval_dataset, machine)

@@ -16,7 +16,7 @@ TEMPORARY = re.compile(r".+\.[0-9a-f]{12}\.tmp")
 # No file takes so long to write.
 LEFTOVER_SECONDS = 3600
 # How long a file waits for its place, in seconds, try by try: on Windows none takes that of one that is just read.
-WAITS = (0.05, 0.2, 0.5, 1.0)
+WAITS = (0.05, 0.2, 0.5, 1.0) if os.name == "nt" else ()
 
 
 @contextmanager
@@ -71,7 +71,11 @@ def remove_leftovers(folder: Path, names: tuple[str, ...] = ("*",), older_than: 
 
     Those younger than `older_than` seconds may be another process's work.
     """
-    for path in folder.iterdir():
+    try:
+        there = list(folder.iterdir())
+    except PermissionError:  # a folder that may be written to, not listed
+        return
+    for path in there:
         if TEMPORARY.fullmatch(path.name) and any(fnmatch(path.name, f"{name}.*.tmp") for name in names):
             try:
                 if time.time() - path.stat().st_mtime >= older_than:

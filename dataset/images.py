@@ -90,7 +90,7 @@ def _orientation(image: Image.Image) -> int:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if image.format == "TIFF":  # Pillow turns it itself, but scrambles an uncompressed one by a quarter turn (13.0)
         if orientation in (5, 6, 7, 8):
-            raise ValueError("a TIFF file by a quarter turn; save it upright, or as a PNG file")
+            raise ValueError("a TIFF file that its EXIF data turn by a quarter; save it upright, or as a PNG file")
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -127,6 +127,13 @@ def _band_to_rgb(image: Image.Image, background: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+class Look(NamedTuple):
+    """What was seen of the mask of a record: if it is cut (`MaskPixels`), if it has another size than its image."""
+
+    cut: bool = False
+    resized: bool = False
 
 
 class MaskPixels(NamedTuple):
@@ -222,20 +229,29 @@ def readers() -> ThreadPoolExecutor:
 def check_files(folder: Path, records: list[Record]) -> None:
     """Read every image and mask once, so that a bad one is found before anything is trained or tested.
 
-    Says how many masks are cut (`MaskPixels`). Raises ValueError that names the file.
+    Says how many masks are cut, and how many have another size than their image. Raises ValueError that names the file.
     """
 
-    def check(record: Record) -> bool:
-        _, mask = _read_both(folder, record)
-        return mask is not None and mask.cut
+    def check(record: Record) -> Look:
+        image, mask = _read_both(folder, record)
+        return Look() if mask is None else Look(mask.cut, mask.defect.shape[::-1] != image.size)
 
     with readers() as pool:
         checked = pool.map(check, records)
         bar = tqdm(checked, total=len(records), desc="checking images and masks", leave=False, disable=None)
-        cut = sum(bar)
-    if cut:
-        masks = sum(record.mask_path is not None for record in records)
+        looks = list(bar)
+    masks = sum(record.mask_path is not None for record in records)
+    if cut := sum(look.cut for look in looks):
         logger.warning("%s: %s", folder, cut_words(cut, masks))
+    if resized := [record.mask_path for record, look in zip(records, looks, strict=True) if look.resized]:
+        logger.warning(
+            "%s: %d of %d masks have another size than their image, and are stretched to it: %s%s",
+            folder,
+            len(resized),
+            masks,
+            resized[0],
+            " and others" if len(resized) > 1 else "",
+        )
 
 
 def cut_words(cut: int, masks: int) -> str:

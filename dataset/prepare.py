@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dataset.constants import DATA_SETS
 from dataset.demo.build import DEMO_SETS, build
+from dataset.files import check_place
 from dataset.records import Record, check_paths, write_records
 from dataset.sets import FULL, Place, canonical_name, find_dataset, is_path, list_folder, metadata_folder
 
@@ -20,6 +21,7 @@ def prepare(name: str, data_root: str | Path, follow_links: bool = False) -> Non
     """
     source, root = canonical_name(name), Path(data_root)
     if source in DEMO_SETS and not is_path(name) and not (root / source).is_dir():
+        check_place(root, "--data_root")
         build(source, root)
         return
     place = find_dataset(name, root)

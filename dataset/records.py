@@ -82,19 +82,24 @@ def check_entry(entry: Any, where: str) -> dict:
     for key in ("image_path", "class_name", "mask_path"):
         if not (entry[key] and isinstance(entry[key], str)) and (key, entry[key]) != ("mask_path", None):
             raise ValueError(f"{where}: {key} is {_shown(entry[key])}, expected a text.")
-        if entry[key] and not _is_text(entry[key]):
-            raise ValueError(f"{where}: {key} is {_shown(entry[key])}, which no file can be called.")
-        if entry[key] and len(entry[key]) > LONGEST:
-            raise ValueError(f"{where}: {key} has {len(entry[key])} characters, expected at most {LONGEST}.")
-        if key != "class_name" and entry[key] and leaves_folder(entry[key]):
-            raise ValueError(f"{where}: {key} {_shown(entry[key])} lies outside the data set's folder.")
+        if entry[key] and (fault := _fault(entry[key], key != "class_name")):
+            raise ValueError(f"{where}: {key} {fault}.")
     check_class(entry["class_name"], where)
     return entry
 
 
+def _fault(text: str, is_path: bool) -> str | None:
+    """What is wrong with a path or a name in a list."""
+    if len(text) > LONGEST:
+        return f"has {len(text)} characters, expected at most {LONGEST}"
+    if not _is_text(text):
+        return f"is {_shown(text)}, which no file can be called"
+    return f"{_shown(text)} lies outside the data set's folder" if is_path and leaves_folder(text) else None
+
+
 def check_class(name: str, where: str) -> None:
     """Raise ValueError, beginning with `where`, for a class that cannot be called so in prompts and tables."""
-    if not all(map(is_harmless, name)) or not name.strip():
+    if not (name.isprintable() or all(map(is_harmless, name))) or not name.strip():
         raise ValueError(f"{where}: a class is called {_shown(name)}; expected a name, without control characters.")
 
 
@@ -103,9 +108,10 @@ def _mask_path(entry: dict) -> Any:
     found = entry.get("mask_path") or None
     if isinstance(found, float) and math.isnan(found):
         return None
+    if entry["label"]:
+        return found
     # Of a normal image it is not read, whatever it is.
-    is_path = isinstance(found, str) and len(found) <= LONGEST and _is_text(found) and not leaves_folder(found)
-    return found if is_path or entry["label"] else None
+    return found if isinstance(found, str) and not _fault(found, is_path=True) else None
 
 
 def _is_text(path: str) -> bool:
@@ -123,6 +129,8 @@ def _shown(value: object) -> str:
 
 def leaves_folder(relative: str) -> bool:
     """Whether a path, on this system or on Windows, is not inside the folder that it should be relative to."""
+    if ".." not in relative and ":" not in relative and not relative.startswith(("/", "\\")):
+        return False  # which most are not, and is quickly said
     path = PureWindowsPath(relative)  # knows both separators
     return bool(path.anchor) or os.path.normpath(path.as_posix()).split(os.sep)[0] == ".."
 

@@ -230,6 +230,8 @@ def _find_folder(name: str, root: Path) -> Path:
             f"Render it: python -m dataset.metadata {' '.join(DEMO_SETS)} --data_root {root} (training and testing do "
             "so themselves)."
         )
+    elif Path(name).is_file():
+        hint = f"A list elsewhere is given as a path: .{os.sep}{name}; it has to be a .jsonl file."
     elif Path(name).is_dir():
         hint = f"A folder elsewhere is given as a path: .{os.sep}{name}."
     else:

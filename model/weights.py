@@ -10,15 +10,15 @@ import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from torch import Tensor
 
-from model.pickles import Archive, Module, scripted_tensors
+from model.pickles import read_archive, what_else
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
-# Entries of OpenAI's state dicts that are no weights.
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+# Entries of OpenAI's archives that are no weights, by the ends of their names.
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 # The kinds of numbers that weights are.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -80,40 +80,46 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     try:
         if path.suffix.lower() == ".safetensors":
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
 
-            content: object = load_file(path)
+            try:
+                content: object = load_file(path)
+            except SafetensorError as error:
+                other = what_else(path)
+                raise ValueError(
+                    other if "web" in other or "Git" in other or "empty" in other else str(error)
+                ) from error
         else:
-            content = read_saved(path)
+            content = read_archive(path)
     except Exception as error:  # of unpickling, zip files and safetensors, which share no base class
-        raise ValueError(f"{path}: not readable as CLIP weights ({shorten(str(error), 240)}).") from error
+        raise ValueError(f"{path}: not readable as CLIP weights ({shorten(str(error)[:1000], 240)}).") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a state dict of tensors, found {type(content).__name__}.")
-    state = {str(name).removeprefix("module."): value for name, value in content.items() if name not in NOT_WEIGHTS}
-    check_weights(state, str(path))
+    weights = {name: value for name, value in content.items() if str(name).rpartition(".")[2] not in NOT_WEIGHTS}
+    check_weights(weights, str(path))
+    state = {name.removeprefix("module."): value for name, value in weights.items()}
+    if len(state) < len(weights):
+        raise ValueError(f"{path}: holds the same weights with and without 'module.' before their names; expected one.")
     return state
 
 
-def read_saved(path: Path) -> object:
-    """What `torch.save` wrote, or the state dict of a TorchScript archive, on the CPU; nothing in the file is run.
-
-    Plain containers, numbers, texts and dense tensors. Raises ValueError, or what zip files and PyTorch raise for
-    damaged ones.
-    """
-    with Archive(path) as archive:
-        content = archive.content()
-        return scripted_tensors(content, archive.size) if isinstance(content, Module) else content
-
-
 def check_weights(state: dict, where: str) -> None:
-    """Raise ValueError, beginning with `where`, for the first entry that is no tensor of floating-point numbers."""
+    """Raise ValueError, beginning with `where`, for the first entry that is no tensor of finite real numbers."""
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{where}: expected a state dict of tensors; '{name}' is {type(value).__name__}.")
+            raise ValueError(f"{where}: expected a state dict of tensors; {_quoted(name)} is {type(value).__name__}.")
         if value.dtype not in FLOATS:
-            raise ValueError(f"{where}: '{name}' holds {value.dtype}; expected floating-point numbers.")
+            raise ValueError(f"{where}: {_quoted(name)} holds {value.dtype}; expected floating-point numbers.")
+        if not value.isfinite().all():
+            raise ValueError(f"{where}: {_quoted(name)} holds numbers that are not finite; train or download it anew.")
+
+
+def _quoted(name: object) -> str:
+    """A name of a file in a message: on one line, and cut where it is long."""
+    return repr(name if isinstance(name, int) else str(name)[:80])
 
 
 def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: str, but: str | None = None) -> None:
@@ -125,7 +131,7 @@ def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], where: st
         if name not in found:
             raise ValueError(f"{where} lacks '{name}', shape {list(expected[name].shape)}.")
         if name not in expected:
-            raise ValueError(f"{where} holds '{name}', which the model does not have.")
+            raise ValueError(f"{where} holds {_quoted(name)}, which the model does not have.")
         if expected[name].shape != found[name].shape and name != but:
             shapes = f"shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
             raise ValueError(f"{where} holds '{name}' of another size: {shapes}.")

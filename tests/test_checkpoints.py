@@ -140,7 +140,7 @@ def wrong_shape(content: dict) -> None:
     [
         (lambda f: shutil.rmtree(f), "no such checkpoint"),
         (lambda f: (f / "image_adapter.pth").unlink(), "no image_adapter.pth. A base model is a folder with"),
-        (lambda f: (f / "text_adapter.pth").write_bytes(b"hello"), "no checkpoint, or a truncated one"),
+        (lambda f: (f / "text_adapter.pth").write_bytes(b"hello"), "not readable as a checkpoint"),
         (lambda f: (f / "text_adapter.pth").write_bytes((f / "text_adapter.pth").read_bytes()[:999]), "truncated"),
         (lambda f: rewrite(f / "text_adapter.pth", lambda c: c.update(epoch=0)), "never trained"),
         (lambda f: rewrite(f / "text_adapter.pth", lambda c: c.pop("epoch")), "'epoch' is missing"),

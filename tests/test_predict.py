@@ -55,6 +55,14 @@ def test_files_in_folders_that_are_not_read_are_said(images, caplog):
     assert "c.heic" in caplog.text and "d.png" in caplog.text and "hidden" not in caplog.text
 
 
+def test_a_model_that_is_named_twice_judges_once(scripts, run, images, tmp_path):
+    assert (
+        predict(scripts, "--ckpt", run, run / "loop_1.pth", "--images", images / "a.png", "--save_path", tmp_path) == 0
+    )
+    with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["x/loop_0 (base)", "x/loop_1", "x/loop_2"]
+
+
 def test_a_photograph_is_turned_once(run, images):
     photo, upright = images / "photo.png", images / "upright.png"
     image = Image.open(images / "a.png").convert("RGB")

@@ -19,7 +19,8 @@ from torch import Tensor
 from dataset.files import replacing
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP
 from model.backbone import Backbone
-from model.weights import REPOSITORY, check_weights, read_saved
+from model.pickles import read_archive
+from model.weights import REPOSITORY, check_weights
 from utils.calibration import Calibration
 from utils.files import file_sha256
 from utils.schema import HalfOfBase, LoopFile, expect
@@ -85,10 +86,10 @@ def read(path: Path) -> dict:
     """The dict in a checkpoint file, on the CPU. Raises FileNotFoundError, or ValueError for any other content."""
     check_there(path)
     try:
-        content = read_saved(path)
+        content = read_archive(path)
     except Exception as error:  # unpickling damaged bytes may raise anything
-        reason = shorten(str(error), 200) or type(error).__name__
-        raise ValueError(f"{path}: no checkpoint, or a truncated one ({reason}).") from error
+        reason = shorten(str(error)[:1000], 200) or type(error).__name__
+        raise ValueError(f"{path}: not readable as a checkpoint ({reason}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of modules, found {type(content).__name__}.")
     return content
@@ -236,11 +237,13 @@ def adapter_kind(checkpoint: Checkpoint) -> dict:
         for key, value in (checkpoint.modules[name] or {}).items():
             if not re.fullmatch(pattern, key):
                 raise ValueError(
-                    f"{checkpoint.path}: '{name}' holds '{key}', an adapter of an unknown kind. Known are AA-CLIP's "
-                    "(fc.0: Linear, LeakyReLU) and the bottleneck (fc.0 and fc.2), both without bias."
+                    f"{checkpoint.path}: '{name}' holds {key[:80]!r}, an adapter of an unknown kind. Known are "
+                    "AA-CLIP's (fc.0: Linear, LeakyReLU) and the bottleneck (fc.0 and fc.2), both without bias."
                 )
             if value.ndim != 2:
-                raise ValueError(f"{checkpoint.path}: '{key}' has the shape {list(value.shape)}; expected a matrix.")
+                raise ValueError(
+                    f"{checkpoint.path}: {key[:80]!r} has the shape {list(value.shape)}; expected a matrix."
+                )
     numbers = {int(key.split(".")[0]) for key in text}
     layers = {int(key.split(".")[1]) for key in image if key.startswith("layer_adapters.")}
     if "0.fc.0.weight" not in text or not layers:

@@ -154,7 +154,8 @@ def load_detectors(
 
     Raises ValueError for a model that looks at another image than the one that it judges.
     """
-    checkpoints = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
+    named = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
+    checkpoints = list({checkpoint.path.resolve(): checkpoint for checkpoint in named}.values())  # each once
     models = [loader(checkpoint) for checkpoint in checkpoints]
     for checkpoint, model in zip(checkpoints, models, strict=True):
         if model.sees_another_image:

@@ -194,9 +194,9 @@ def expect(kind: Any, content: object, path: Path) -> Any:
         return _adapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = f"'{shorten('.'.join(map(str, first['loc'])), 120)}'"
+        place = f"'{shorten('.'.join(str(part)[:120] for part in first['loc']), 120)}'"
         said = {"missing": "is missing", "extra_forbidden": "is not known to this version"}
         value, kind = first["input"], type(first["input"]).__name__
-        shown = shorten(repr(value), 60) if isinstance(value, (str, int, float)) else "one"
+        shown = shorten(repr(value)[:200], 60) if isinstance(value, (str, int, float)) else "one"
         what = said.get(first["type"]) or f"{first['msg'].lower()}; found {shown} ({kind})"
         raise ValueError(f"{path}: {place} {what}.") from error

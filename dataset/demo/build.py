@@ -58,7 +58,7 @@ def check_version(folder: Path) -> None:
     found = path.read_text(encoding="utf-8").strip() if path.is_file() else "unknown"
     if found != VERSION:
         raise ValueError(
-            f"{folder}: of renderer version {found}, expected {VERSION}. Delete the folder; it is rendered again then."
+            f"{folder}: of renderer version {found}, expected {VERSION}. Move it away; it is rendered again then."
         )
 
 

@@ -182,6 +182,7 @@ def test_a_file_that_is_read_just_now_is_replaced_a_moment_later(tmp_path, monke
         original(*paths)
 
     monkeypatch.setattr(files.os, "replace", locked)
+    monkeypatch.setattr(files, "WAITS", (0.01,) * 4)  # as on Windows
     assert write_text(tmp_path / "x", "1").read_text() == "1" and len(tries) == 3
     monkeypatch.setattr(files, "WAITS", ())
     tries.clear()
@@ -210,6 +211,24 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog, erro
     with folders.locked(tmp_path):
         assert "has no locks" in caplog.text
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_what_keeps_a_lock_from_being_looked_at_is_no_lack_of_locks(tmp_path, monkeypatch):
+    original = FileLock.acquire
+
+    def full(self, **options):
+        if Path(self.lock_file).name != folders.LOCK_FILE:
+            raise OSError(errno.ENOSPC, "no space", self.lock_file)
+        return original(self, **options)
+
+    monkeypatch.setattr(folders, "LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / folders.LOCK_FILE):
+        monkeypatch.setattr(FileLock, "acquire", full)
+        with pytest.raises(OSError, match="no space"), folders.locked(tmp_path):
+            pass
+    (tmp_path / "x" / folders.LOCK_FILE).mkdir(parents=True)
+    with pytest.raises(OSError, match=folders.LOCK_FILE), folders.locked(tmp_path / "x"):
+        pass
 
 
 def test_a_folder_in_use_is_refused(scripts, base, run, tmp_path, monkeypatch, capsys):
@@ -290,7 +309,7 @@ def test_a_log_goes_on_with_what_it_can_keep(scripts, base, run, cut, tmp_path, 
     number = re.search(r",(-?\d+\.\d+)", whole)[1]
     whole = whole.replace(number, "-0.25", 1)  # which a spreadsheet would take for a formula
     log.write_text(whole, encoding="utf-8")
-    command = [*EXTEND[:-1], "--resume", base, "--save_path", log.parent, "--loops"]
+    command = [*EXTEND[:-2], "--resume", base, "--save_path", log.parent, "--loops"]
     assert scripts(*command, "3") == 0
     assert log.read_text(encoding="utf-8").startswith(whole) and "earlier epochs" not in capsys.readouterr().err
     rows = whole.splitlines()
@@ -311,6 +330,12 @@ def test_a_loop_that_is_lost_is_said(scripts, base, run, tmp_path, capsys):
     assert scripts(*EXTEND, "--resume", base, "--save_path", folder) == 0
     said = capsys.readouterr().err
     assert "loop_1.pth is missing, and the run is past it" in said and "loop_2.pth is damaged" in said
+    whole = (folder / "loop_0.pth").read_bytes()
+    (folder / "loop_0.pth").write_bytes(whole[:500])
+    assert scripts(*EXTEND, "--resume", base, "--save_path", folder) == 0
+    assert "loop_0.pth is damaged" in capsys.readouterr().err
+    assert scripts(*EXTEND[:-1], "3", "--resume", base, "--save_path", folder) == 0  # the base is at hand
+    assert_same_tensors(folder / "loop_0.pth", run / "loop_0.pth")
 
 
 def test_held_out_losses_that_are_no_numbers_end_a_run(scripts, tmp_path, monkeypatch, capsys):

@@ -146,7 +146,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to a file; its folder is made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
-        text.set_text(printable(text.get_text()))  # control characters have no shape
+        text.set_text(printable(text.get_text()).expandtabs(1))  # control characters have no shape
     with replacing(path) as file:
         figure.savefig(file, dpi=110, format="png")
 

@@ -1,5 +1,6 @@
 """The folder of a run: held by one process at a time, and what an earlier one left there."""
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from uuid import uuid4
 import torch
 from filelock import FileLock, Timeout
 
-from dataset.files import TEMPORARY, check_place, remove_leftovers
+from dataset.files import TEMPORARY, remove_leftovers
 from model.adapter_cross_attention import ModelConfig
 from utils import checkpoints
 from utils.options import completed
@@ -20,6 +21,8 @@ from utils.training.plan import VAL_CLASSES_FILE, Plan, Position, Stage
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
+# How a file system without locks puts it.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 # Files that a training writes.
 OWN_FILES = ("*.pth", "log.csv", "training.png", VAL_CLASSES_FILE, "*-shot*.jsonl")
 # Measures of every step, which the log reads.
@@ -36,44 +39,56 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
-    if not _acquired(lock):
-        if _has_locks(folder):
-            raise ValueError(
-                f"{folder}: another process trains there (it holds {LOCK_FILE}). Wait for it, or take another "
-                "--save_path."
-            )
-        logger.warning("%s: this file system has no locks, so do not train there twice at once.", folder)
     try:
+        if not _acquired(lock):
+            _check_unlockable(folder)
+            logger.warning("%s: this file system has no locks, so do not train there twice at once.", folder)
         remove_leftovers(folder, OWN_FILES, older_than=0)
         yield
     finally:
         lock.release()
 
 
-def _acquired(lock: FileLock, seconds: float = LOCK_SECONDS) -> bool:
+def check_free(folder: Path) -> None:
+    """Raise ValueError where another process trains in a folder, before anything is read."""
+    if (folder / LOCK_FILE).exists():
+        lock = FileLock(folder / LOCK_FILE)
+        try:
+            if not _acquired(lock):
+                _check_unlockable(folder)
+        finally:
+            lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float | None = None) -> bool:
+    """Whether a lock was got. Raises OSError for what has nothing to do with locks, a full disk say."""
     try:
-        lock.acquire(timeout=seconds)
-    except (Timeout, NotImplementedError, OSError):  # what a file system without locks gives, version by version
+        lock.acquire(timeout=LOCK_SECONDS if seconds is None else seconds)
+    except (Timeout, NotImplementedError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         return False
     return True
 
 
-def _has_locks(folder: Path) -> bool:
-    """Whether a file that nobody else knows can be locked."""
+def _check_unlockable(folder: Path) -> None:
+    """Raise ValueError where the lock of a folder was not got because another process has it.
+
+    That is so where a file that nobody else knows can be locked; versions of filelock tell it in different ways.
+    """
     path = folder / f"{LOCK_FILE}.{uuid4().hex[:12]}.tmp"
     lock = FileLock(path)
     try:
-        return _acquired(lock, seconds=0)
+        if not _acquired(lock, seconds=0):
+            return
     finally:
         lock.release()
         path.unlink(missing_ok=True)
-
-
-def check_free(folder: Path) -> None:
-    """Raise ValueError where another process trains in a folder, before anything is read."""
-    if (folder / LOCK_FILE).is_file():
-        with locked(folder):
-            pass
+    raise ValueError(
+        f"{folder}: another process trains there (it holds {LOCK_FILE}). Wait for it, or take another --save_path."
+    )
 
 
 def open_run(plan: Plan) -> dict | None:
@@ -83,11 +98,10 @@ def open_run(plan: Plan) -> dict | None:
     ValueError where the folder holds anything else, or a run of another base, other arguments or more loops.
     """
     folder, header = plan.folder, plan.header
-    check_place(folder, "--save_path")
     if not folder.exists() or (folder.is_dir() and all(map(_is_left_over, folder.iterdir()))):
         return None
     loops = checkpoints.loop_files(folder)
-    rescue = f", or go on from {loops[-1]} with --resume and a new --save_path" if loops else ""
+    rescue = f", or go on from {loops[-1]} with --resume, a new --save_path and more --loops" if loops else ""
     path = folder / checkpoints.STATE_FILE
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file. Choose another --save_path.")

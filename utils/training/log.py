@@ -67,7 +67,7 @@ class CsvLog:
                 found = read_csv(self.path, self.columns[:5])
                 self.rows = [{name: row.get(name, "") for name in self.columns} for row in found if keep(row)]
                 if found and found[0].keys() - set(self.columns):
-                    self._set_aside("it has columns of others")
+                    self._set_aside("it has columns of others", "and begun anew with the other ones")
             except ValueError as error:
                 self._set_aside(f"damaged ({error})")
         text = io.StringIO(newline="")
@@ -76,10 +76,10 @@ class CsvLog:
         writer.writerows(self.rows)
         write_text(self.path, text.getvalue())
 
-    def _set_aside(self, reason: str) -> None:
+    def _set_aside(self, reason: str, then: str = "and begun anew") -> None:
         aside = self.path.with_name(f"{self.path.stem}_damaged_{uuid4().hex[:6]}{self.path.suffix}")
         self.path.rename(aside)
-        logger.warning("%s: %s; set aside as %s, and begun anew.", self.path, reason, aside.name)
+        logger.warning("%s: %s; set aside as %s, %s.", self.path, reason, aside.name, then)
 
     def write(self, row: dict) -> None:
         """Append a row; columns that it lacks stay empty."""

@@ -2,6 +2,7 @@
 
 import logging
 
+from dataset.files import check_place
 from model.backbone import load_backbone
 from utils.checkpoints import STATE_FILE, Checkpoint
 from utils.machine import Machine
@@ -25,10 +26,11 @@ def start(
     """
     description = describe_plan(plan)  # which finds what does not fit the model, before anything is read or made
     state = open_run(plan)
-    check_free(plan.folder)
     if state and state["position"][0] > plan.last_loop:
         logger.info("%s is finished up to loop %d; there is nothing left to train.", plan.folder, plan.last_loop)
         return None
+    check_place(plan.folder, "--save_path")
+    check_free(plan.folder)
     open_board = tensorboard_writer() if tensorboard else None
     config = plan.config
     data = load_training_data(plan.settings, machine.data_root, config.img_size, in_memory, machine.follow_links)

@@ -75,7 +75,7 @@ class Trainer:
             self.save()
         log_to_file(self.folder / "train.log")
         drawn, classes = self.folder / shot_file(self.settings), self.folder / VAL_CLASSES_FILE
-        if self.settings.shot is not None and not drawn.is_file():
+        if self.settings.shot is not None:  # also where it is there, perhaps cut short
             write_records(drawn, self.data.train + self.data.held_out)
         if self.settings.val_classes and not classes.is_file():
             held_out = dict.fromkeys(record.class_name for record in self.data.held_out)
