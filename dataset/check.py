@@ -20,7 +20,7 @@ from dataset.commands import make_parser, name_argument, run_command, show
 from dataset.images import cut_words, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
 from dataset.records import Record, link_target, read_entries
-from dataset.sets import Place, count_differences, find_dataset, list_folder
+from dataset.sets import Place, count_differences, find_dataset, list_folder, unread_words
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,8 +97,12 @@ class Finder:
     def run(self, place: Place) -> None:
         """Look at all images of a data set, and at those of the train splits beside it."""
         entries = list(entries_of(place))
-        listed = [Record(entry["image_path"], int(entry["label"]), entry["class_name"]) for entry in entries]
+        listed = [Record(e["image_path"], int(e["label"]), e["class_name"], e["mask_path"]) for e in entries]
         self.problems += [f"number of images: {place.name}, {line}" for line in count_differences(place.source, listed)]
+        if place.note:
+            self.problems.append(f"called as another: {place.note}")
+        if place.is_own:
+            self.problems += [f"not read: {place.name}, {line}" for line in unread_words(place.folder, listed)]
         tested = {(place.folder / entry["image_path"]).resolve() for entry in entries}
         for path in train_images(place.folder):
             if path.resolve() not in tested:

@@ -1,15 +1,14 @@
-"""Folders of images on disk -> records: the official layouts of the data sets, and those that own images may have.
+"""Folders of images on disk -> records: the official layouts of the data sets. Own images: `dataset.own`.
 
 Paths in records are relative to the data set's folder, with forward slashes on every system. Files that are no images
 by their suffix, and hidden ones, are passed over.
 """
 
 import csv
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dataset.records import Record, check_class, check_entry, leaves_folder
+from dataset.records import Record, check_entry, leaves_folder
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
@@ -17,18 +16,21 @@ IMAGE_SUFFIXES = (
 )
 NORMAL_KINDS = ("good", "ok", "normal")
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
-OWN_TREES = """
-    {0}/full-shot.jsonl    lines {{"image_path", "label", "class_name", "mask_path"}}
-or, here or one folder deeper for each class,
-    {0}/test/good/*.png, {0}/test/<defect>/*.png and {0}/ground_truth/<defect>/*_mask.png
-    {0}/good/*.png and {0}/bad/*.png    without masks"""
+# What a mask is called beside its image: endings and beginnings of the name.
+MASK_ENDINGS = ("", "_mask", "-mask", "_gt", "_seg", "_label", "_segmentation")
+MASK_BEGINNINGS = ("mask_", "gt_")
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name, and not hidden, as what systems write beside photographs is."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def images_in(folder: Path) -> list[Path]:
     """The images of a folder by name; of none where it does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(filter(is_image, folder.iterdir()))
 
 
 def known_good(folder: Path, class_names: list[str], tested: list[Path]) -> dict[str, list[Path]]:
@@ -63,14 +65,36 @@ def normal_records(root: Path, folder: Path, class_name: str) -> Iterator[Record
 
 
 def anomalous_records(root: Path, folder: Path, masks: Path | None, class_name: str) -> Iterator[Record]:
-    """Records of anomalous images; with `masks`, each has its mask there, called as the image or with _mask behind.
+    """Records of anomalous images; with `masks`, each has its mask there, see `find_masks`.
 
     Of a mask that is not there the record names the place where it should be.
     """
-    found = {mask.stem.removesuffix("_mask"): mask for mask in images_in(masks)} if masks else {}
-    for image in images_in(folder):
-        mask = found.get(image.stem, masks / f"{image.stem}_mask.png").relative_to(root).as_posix() if masks else None
+    images = images_in(folder)
+    found = find_masks(images, masks) if masks else {}
+    for image in images:
+        mask = found.get(image, masks / f"{image.stem}_mask.png").relative_to(root).as_posix() if masks else None
         yield Record(image.relative_to(root).as_posix(), 1, class_name, mask)
+
+
+def find_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
+    """{image: its mask in a folder}: called as the image, with or without its suffix, or as masks are beside images.
+
+    Raises ValueError where two images have one mask.
+    """
+    there = {mask.stem.casefold(): mask for mask in reversed(images_in(folder))}
+    found: dict[Path, Path] = {}
+    owners: dict[Path, Path] = {}
+    for image in images:
+        names = [name.casefold() for name in (image.name, image.stem)]
+        called = [f"{name}{end}" for name in names for end in MASK_ENDINGS]
+        called += [f"{start}{name}" for name in names for start in MASK_BEGINNINGS]
+        mask = next((there[name] for name in called if name in there), None)
+        if mask is None:
+            continue
+        if (other := owners.setdefault(mask, image)) != image:
+            raise ValueError(f"{mask}: the mask of {other.name} or of {image.name}? Rename one image and its mask.")
+        found[image] = mask
+    return found
 
 
 def product_records(root: Path, folder: Path, class_name: str, masked: bool) -> Iterator[Record]:
@@ -135,34 +159,6 @@ LAYOUTS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
     "good_ungood": good_ungood,
     "images_masks": images_masks,
 }
-
-
-def own_records(root: Path) -> list[Record]:
-    """Records of own images: a tree as MVTec's, or good/ and bad/ without masks, of one class or of a folder each.
-
-    A class is called as its folder. Where a class has no ground_truth folder, its anomalous images are maskless.
-    Raises FileNotFoundError with the expected trees where the folder is none.
-    """
-    products = [root] if _is_product(root) else sorted(path for path in root.iterdir() if _is_product(path))
-    records: list[Record] = []
-    for folder in products:
-        class_name = Path(os.path.abspath(folder)).name
-        check_class(class_name, str(root))
-        if (folder / "test").is_dir():
-            records += product_records(root, folder, class_name, masked=(folder / "ground_truth").is_dir())
-        else:
-            records += normal_records(root, folder / "good", class_name)
-            records += anomalous_records(root, folder / "bad", None, class_name)
-    if not records:
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(
-            f"{root}: no images in a layout that is known. Expected{OWN_TREES.format(root)}\nFound {found}."
-        )
-    return records
-
-
-def _is_product(folder: Path) -> bool:
-    return (folder / "test").is_dir() or ((folder / "good").is_dir() and (folder / "bad").is_dir())
 
 
 def train_images(root: Path) -> list[Path]:

@@ -55,6 +55,8 @@ def table(name: str, records: list[Record]) -> str:
 def listed(name: str, data_root: Path, overwrite: bool, follow_links: bool) -> str:
     """List a benchmark data set; what was done, and its images."""
     place = find_dataset(name, data_root)
+    if place.note:
+        raise ValueError(f"{place.note} Own images need no list.")
     records = list_folder(place)
     check_paths(records, place.folder, follow_links)
     return f"{name}: {len(records)} images, {keep(place, records, overwrite)}\n{table(name, records)}"

@@ -25,7 +25,7 @@ def prepare(name: str, data_root: str | Path, follow_links: bool = False) -> Non
         build(source, root)
         return
     place = find_dataset(name, root)
-    if place.metadata or source not in DATA_SETS:
+    if place.metadata or place.source not in DATA_SETS:
         return
     records = list_folder(place)
     check_paths(records, place.folder, follow_links)

@@ -50,24 +50,56 @@ def read_records(metadata: Path) -> list[Record]:
 
 
 def read_entries(metadata: Path) -> Iterator[dict]:
-    """The lines of a JSON lines file, checked; `mask_path` is None where there is none."""
+    """The entries of a list, checked; `mask_path` is None where there is none.
+
+    A list has one JSON object a line, or is one JSON array of them, or AnomalyCLIP's meta.json, whose test split counts
+    (https://github.com/zqhang/AnomalyCLIP).
+    """
+    with open(metadata, "rb") as lines:
+        start = lines.read(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start == b"[" or metadata.suffix.casefold() == ".json":
+        yield from _read_whole(metadata)
+        return
     with open(metadata, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{metadata}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error}).") from error
+            text = _decoded(line, where).strip()
             if text:
-                yield _parse(text, where)
+                yield check_entry(_parsed(text, where), where)
 
 
-def _parse(line: str, where: str) -> dict:
+def _read_whole(metadata: Path) -> Iterator[dict]:
+    content = _parsed(_decoded(metadata.read_bytes(), str(metadata)), f"{metadata}, line 1")
+    if isinstance(content, dict):
+        splits = content.get("test")
+        if not isinstance(splits, dict) or not all(isinstance(entries, list) for entries in splits.values()):
+            raise ValueError(
+                f"{metadata}: expected an array of objects, or AnomalyCLIP's 'test' with an array of each class."
+            )
+        content = [_of_anomalyclip(entry) for entries in splits.values() for entry in entries]
+    for number, entry in enumerate(content, start=1):
+        where = f"{metadata}, entry {number}"
+        yield check_entry(entry, where)
+
+
+def _of_anomalyclip(entry: Any) -> Any:
+    """An entry of AnomalyCLIP's meta.json under our names."""
+    names = {"img_path": "image_path", "anomaly": "label", "cls_name": "class_name"}
+    return {names.get(key, key): value for key, value in entry.items()} if isinstance(entry, dict) else entry
+
+
+def _decoded(data: bytes, where: str) -> str:
     try:
-        entry = json.loads(line)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}).") from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, a thousand brackets
-        raise ValueError(f"{where}: not JSON ({error}): {line[:80]}") from error
-    return check_entry(entry, where)
+        raise ValueError(f"{where}: not JSON ({error}): {text[:80]}") from error
 
 
 def check_entry(entry: Any, where: str) -> dict:
@@ -84,6 +116,8 @@ def check_entry(entry: Any, where: str) -> dict:
             raise ValueError(f"{where}: {key} is {_shown(entry[key])}, expected a text.")
         if entry[key] and (fault := _fault(entry[key], key != "class_name")):
             raise ValueError(f"{where}: {key} {fault}.")
+        if entry[key] and key != "class_name":  # as Windows writes them
+            entry[key] = entry[key].replace("\\", "/")
     check_class(entry["class_name"], where)
     return entry
 
@@ -144,7 +178,8 @@ def check_paths(records: list[Record], folder: Path, follow_links: bool = False)
     missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'. "
+            f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'"
+            f"{_beside(Path(folder, missing[0]))}. "
             f"All of them: python -m dataset.check {shlex.quote(str(folder))}{os.sep}"
         )
 
@@ -154,6 +189,18 @@ def check_paths(records: list[Record], folder: Path, follow_links: bool = False)
                 f"{folder}: '{path}' leads to {target}, outside the data set's folder. If that is meant, as with links "
                 "to another disk, --follow_links reads it."
             )
+
+
+def _beside(missing: Path) -> str:
+    """What lies where a file should be, in words."""
+    if not missing.parent.is_dir():
+        return f" (no folder {missing.parent.name})"
+    names = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))
+    return (
+        f" (its folder has {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        if names
+        else " (its folder is empty)"
+    )
 
 
 def link_target(folder: Path, path: str) -> str | None:

@@ -14,26 +14,37 @@ from typing import Any
 
 from dataset.constants import BLUR, DATA_SETS, describe_class
 from dataset.demo.build import DEMO_SETS, check_version
-from dataset.layouts import LAYOUTS, NORMAL_KINDS, own_records
+from dataset.layouts import LAYOUTS
+from dataset.own import MASKS, NORMAL, own_records, products, unread
 from dataset.records import Record, check_paths, few_shot, read_records
 
 logger = logging.getLogger(__name__)
 
 METADATA = Path(__file__).parent / "metadata"
 FULL = "full-shot.jsonl"
+# Endings of lists of images.
+LISTS = (".jsonl", ".json")
+# Official layouts that have a folder for each product, and nothing beside them.
+TREES_OF_PRODUCTS = ("mvtec", "visa")
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a data set lies; `name` and `source` as in `DataSet`.
 
-    `metadata` is None where there is no list of it: its folder tells.
+    `metadata` is None where there is no list of it: its folder tells. `note`: what is to be said of the folder.
     """
 
     name: str
     source: str
     folder: Path
     metadata: Path | None
+    note: str | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether these are own images in folders."""
+        return self.metadata is None and self.source not in DATA_SETS
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,8 @@ def is_path(name: str) -> bool:
 
 
 def is_list(name: str) -> bool:
-    """Whether a data set is given by the path of a JSON lines file."""
-    return is_path(name) and Path(name).suffix.casefold() == ".jsonl"
+    """Whether a data set is given by the path of a list."""
+    return is_path(name) and Path(name).suffix.casefold() in LISTS
 
 
 def open_dataset(
@@ -179,7 +190,7 @@ def find_dataset(name: str, data_root: str | Path) -> Place:
     """
     source = canonical_name(name)
     if not is_path(name):
-        folder = _find_folder(source, Path(data_root))
+        folder = _find_folder(name, source, Path(data_root))
     elif Path(name).is_file():
         return _place_of_list(name, Path(data_root))
     else:
@@ -187,14 +198,34 @@ def find_dataset(name: str, data_root: str | Path) -> Place:
         if not folder.is_dir():
             raise FileNotFoundError(f"--dataset {name}: no such folder or file.")
     candidates = (folder / FULL, metadata_folder(source) / FULL)
-    return Place(source, source, folder, next((path for path in candidates if path.is_file()), None))
+    metadata = next((path for path in candidates if path.is_file()), None)
+    if metadata is None and (own := _own_products(source, folder)):
+        note = (
+            f"{folder} is called as {source} and holds what that does not ({', '.join(own)}), so all of it is taken "
+            "for own images. Rename the folder, or move them elsewhere."
+        )
+        return Place(f"{source}_own", f"{source}_own", folder, None, note)
+    return Place(source, source, folder, metadata)
+
+
+def _own_products(source: str, folder: Path) -> list[str]:
+    """Products in the folder of a known data set that are not of it."""
+    info = DATA_SETS.get(source)
+    if info is None or info.layout is None:
+        return []
+    found = [product.name for product in products(folder) if product == folder or product.name not in info.classes]
+    if found and info.layout not in TREES_OF_PRODUCTS and any(LAYOUTS[info.layout](folder, list(info.classes))):
+        return []  # which lies as it should, in folders that a product might have
+    return found
 
 
 def _place_of_list(name: str, data_root: Path) -> Place:
     """The place of a JSON lines file. Raises ValueError where it is none, or called as another data set would be."""
     path = Path(name)
     if not is_list(name):
-        raise ValueError(f"--dataset {name}: expected a folder or a .jsonl file, found a file of another kind.")
+        raise ValueError(
+            f"--dataset {name}: expected a folder or a list ({' or '.join(LISTS)}), found a file of another kind."
+        )
     source, own = canonical_name(name), result_name(name)
     if own != source:
         for other in (Path(os.path.abspath(path)).parent.parent / own, data_root / own):
@@ -211,11 +242,14 @@ def metadata_folder(source: str) -> Path:
     return METADATA / source
 
 
-def _find_folder(name: str, root: Path) -> Path:
-    """Folder of a data set under the data root; one with metadata goes before one without."""
+def _find_folder(given: str, name: str, root: Path) -> Path:
+    """Folder of a data set under the data root, in letters of any case; one with metadata goes before one without.
+
+    The spelling that is `given` is tried before the data set's own `name`.
+    """
     info = DATA_SETS.get(name)
-    folders = [name, *(info.folders if info else ())]
-    present = [root / candidate for candidate in folders if (root / candidate).is_dir()]
+    folders = list(dict.fromkeys([given, name, *(info.folders if info else ())]))
+    present = [folder for candidate in folders if (folder := _in_any_case(root, candidate))]
     if present and name in DEMO_SETS:
         check_version(present[0])
     if present:
@@ -245,19 +279,32 @@ def _find_folder(name: str, root: Path) -> Path:
     )
 
 
+def _in_any_case(root: Path, relative: str) -> Path | None:
+    """A folder below another, its name as it is or else in other letters of case."""
+    if (root / relative).is_dir():
+        return root / relative
+    found = [root]
+    for part in Path(relative).parts:
+        inside = (path for folder in found if folder.is_dir() for path in sorted(folder.iterdir()))
+        found = [path for path in inside if path.name.casefold() == part.casefold() and path.is_dir()]
+    return found[0] if found else None
+
+
 def read_place(place: Place, follow_links: bool = False) -> list[Record]:
     """The records of a data set, from its metadata, else from its folders.
 
     Raises FileNotFoundError where a file is missing, ValueError for one outside the folder unless `follow_links`.
     """
     records = read_records(place.metadata) if place.metadata else list_folder(place)
-    if place.metadata is None and place.source not in DATA_SETS:
-        _report_own(records)
+    if place.note:
+        logger.warning("%s", place.note)
+    if place.is_own:
+        _report_own(place.folder, records)
     check_paths(records, place.folder, follow_links)
     return records
 
 
-def _report_own(records: list[Record]) -> None:
+def _report_own(folder: Path, records: list[Record]) -> None:
     """Say what was taken for what in a folder of own images."""
     for class_name, (normal, anomalous) in count_images(records).items():
         own = [record for record in records if record.class_name == class_name]
@@ -270,9 +317,21 @@ def _report_own(records: list[Record]) -> None:
             logger.warning(
                 "%s: no image is normal: folders called %s are, those found are defects: %s.",
                 class_name,
-                ", ".join(NORMAL_KINDS),
+                ", ".join(NORMAL),
                 ", ".join(kinds),
             )
+    for line in unread_words(folder, records):
+        logger.warning("%s: %s", folder, line)
+
+
+def unread_words(folder: Path, records: list[Record]) -> list[str]:
+    """A line for each folder of own images that are not read, because nothing tells what they are."""
+    return [
+        f"{count} masks in {place} are of no image."
+        if Path(place).parts and any(part.casefold().replace(" ", "_") in MASKS for part in Path(place).parts)
+        else f"{count} images in {place} are not read: no folder above them says whether they are good or bad."
+        for place, count in unread(folder, records).items()
+    ]
 
 
 def list_folder(place: Place) -> list[Record]:

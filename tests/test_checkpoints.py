@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import EPOCHS, make_model, tensors
+from tests.conftest import EPOCHS, assert_same_tensors, make_model, tensors
 from utils import checkpoints
 from utils.checkpoints import load_checkpoint
 from utils.models import resolve_config
@@ -169,6 +169,14 @@ def test_a_bad_base_ends_with_2_and_writes_nothing(scripts, copy, tmp_path, caps
     assert scripts("train_cross_attention", *EXTEND, "--resume", copy, "--save_path", out) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not out.exists()
+
+
+def test_what_data_parallel_saves_is_read(base, copy):
+    for name in ("text_adapter", "image_adapter"):
+        rewrite(
+            copy / f"{name}.pth", lambda c, name=name: c.update({name: {f"module.{k}": v for k, v in c[name].items()}})
+        )
+    assert_same_tensors(copy, base)
 
 
 def test_half_a_base_and_files_of_other_attempts(run, base, tmp_path):

@@ -193,6 +193,43 @@ def test_a_list_of_few_shots_is_used_where_it_lies(root, monkeypatch, tmp_path, 
         draw_few_shot(data, 4, seed=1)
 
 
+@pytest.mark.parametrize("name", ["part.json", "part.jsonl", "meta.json"])
+def test_lists_are_lines_arrays_or_anomalyclips(root, name):
+    lines = [json.loads(line) for line in (root / "small" / "full-shot.jsonl").read_text(encoding="utf-8").splitlines()]
+    expected = open_dataset("small", root).records
+    for line in lines:  # as Windows writes paths
+        line.update({key: line[key].replace("/", "\\") for key in ("image_path", "mask_path") if key in line})
+    content: list | dict = lines
+    if name == "meta.json":
+        names = {"image_path": "img_path", "label": "anomaly", "class_name": "cls_name"}
+        theirs = [{"mask_path": ""} | {names.get(k, k): v for k, v in line.items()} for line in lines]
+        split = {kind: [e for e in theirs if e["cls_name"] == kind] for kind in ("candle", "metal_nut")}
+        content = {"train": {"candle": theirs[:1]}, "test": split}
+    path = root / "small" / name
+    path.write_text("\ufeff" + json.dumps(content, indent=1), encoding="utf-8")
+    found = open_dataset(str(path), root)
+    assert sorted(found.records, key=repr) == sorted(expected, key=repr) and found.source == "small"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"train": {}}', "expected an array of objects"),
+        ('{"test": {"a": {}}}', "expected an array of objects"),
+        ("[3]", "entry 1: expected an object with image_path"),
+        ('[{"image_path": "a"}', "line 1: not JSON"),
+        (
+            '{"test": {"a": [{"img_path": "../a", "anomaly": 0, "cls_name": "a"}]}}',
+            "entry 1: image_path '../a' lies outside",
+        ),
+    ],
+)
+def test_arrays_that_are_no_lists_are_refused(root, text, message):
+    (root / "small" / "x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        open_dataset(str(root / "small" / "x.json"), root)
+
+
 def test_class_name_renames_the_one_class_of_unknown_data(root):
     write_small_dataset(root / "one", per_kind=1, classes=("c1",))
     data = open_dataset("one", root, class_name="metal bolt")

@@ -109,7 +109,7 @@ def test_a_demo_set_is_rendered_where_it_is_prepared(tmp_path, monkeypatch, capl
 
     (root / "demo_test" / building.VERSION_FILE).write_text("0", encoding="utf-8")
     for use in (open_dataset, prepare):
-        with pytest.raises(ValueError, match=r"of renderer version 0, expected .* Delete the folder"):
+        with pytest.raises(ValueError, match=r"of renderer version 0, expected .* Move it away"):
             use("demo_test", root)
 
 

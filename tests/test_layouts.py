@@ -320,8 +320,106 @@ def test_a_folder_without_normal_images_is_said_loudly(tmp_path, caplog):
     pictures(tmp_path, "bolts/test/fine/a.png", "bolts/test/bent/b.png")
     open_dataset("bolts", tmp_path)
     assert (
-        "no image is normal: folders called good, ok, normal are, those found are defects: bent, fine." in caplog.text
+        "no image is normal: folders called good, ok, normal, nominal, no_defect, defect_free, non_defective are, "
+        "those found are defects: bent, fine."
+    ) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "own"),
+    [
+        ("MVTec", ("screw/test/good/0.png", "screw/test/bent/1.png", "gearbox/test/good/2.png"), "gearbox"),
+        ("mvtec_ad", ("gearbox/OK/0.png", "gearbox/NG/1.png"), "gearbox"),
+        ("Brain", ("good/0.png", "bad/1.png"), "Brain"),
+        ("VisA", ("parts/good/0.png", "parts/bad/1.png"), "parts"),
+    ],
+)
+def test_own_products_in_a_folder_that_is_called_as_a_known_set(tmp_path, command, caplog, capsys, name, images, own):
+    pictures(tmp_path / name, *images)
+    before = listing(tmp_path)
+    for given in (name, str(tmp_path / name)):
+        caplog.clear()
+        prepare(given, tmp_path)
+        data = open_dataset(given, tmp_path)
+        assert len(data.records) == len(images) and own in data.descriptions
+        assert data.name == data.source and data.source.endswith("_own")
+        assert caplog.text.count(f"holds what that does not ({own})") == 1
+    assert command(check, name, "--data_root", tmp_path) == 1
+    assert f"called as another: {tmp_path / name} is called as" in capsys.readouterr().out
+    known = data.source.removesuffix("_own")
+    assert command(metadata, known, "--data_root", tmp_path) == 2 and listing(tmp_path) == before
+
+
+def test_products_in_mixed_layouts_are_all_read_or_said(tmp_path, command, caplog, capsys):
+    parts = tmp_path / "parts"
+    pictures(parts, "a/good/0.png", "b/OK/1.png", "b/NG/2.png", "c/Test/good/3.png", "c/Test/bent/4.png")
+    pictures(parts, "c/Ground Truth/bent/4_gt.png", "c/Ground Truth/bent/9.png", "c/train/good/5.png", "d/photos/6.png")
+    pictures(parts, "e/normal/7.png", "e/defective/8.png", "e/masks/8.png", "f/good/9.png", "f/scratch/10.png")
+    found = {(r.image_path, r.label, r.mask_path) for r in open_dataset("parts", tmp_path).records}
+    assert found == {
+        ("a/good/0.png", 0, None),
+        ("b/OK/1.png", 0, None),
+        ("b/NG/2.png", 1, None),
+        ("c/Test/good/3.png", 0, None),
+        ("c/Test/bent/4.png", 1, "c/Ground Truth/bent/4_gt.png"),
+        ("e/normal/7.png", 0, None),
+        ("e/defective/8.png", 1, "e/masks/8.png"),
+        ("f/good/9.png", 0, None),
+    }
+    said = (
+        "1 images in d/photos are not read",
+        "1 images in f/scratch are not read",
+        "1 masks in c/Ground Truth/bent are",
     )
+    assert command(check, "parts", "--data_root", tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert all(f"not read: parts, {line}" in printed and caplog.text.count(line) == 1 for line in said)
+
+
+@pytest.mark.parametrize("masks", ["ground_truth", "Ground_Truth", "GroundTruth", "masks", "Masks", "gt", "label"])
+@pytest.mark.parametrize("flat", [True, False])
+def test_folders_of_masks_have_many_names(tmp_path, masks, flat):
+    folder = f"{masks}" if flat else f"{masks}/bent"
+    pictures(tmp_path / "bolt", "test/good/0.png", "test/bent/1.png", f"{folder}/1_mask.png")
+    assert open_dataset("bolt", tmp_path).records[1].mask_path == f"{folder}/1_mask.png"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    ["1.png", "1_mask.png", "1_gt.png", "1_seg.png", "1_GT.PNG", "mask_1.png", "1.bmp.png", "1.bmp_mask.png", "1.gif"],
+)
+def test_masks_have_many_names(tmp_path, mask):
+    pictures(tmp_path / "bolt", "test/good/0.png", "test/bent/1.bmp", f"ground_truth/bent/{mask}")
+    assert open_dataset("bolt", tmp_path).records[1].mask_path == f"ground_truth/bent/{mask}"
+
+
+def test_a_mask_belongs_to_one_image(tmp_path):
+    pictures(tmp_path / "bolt", "test/good/0.png", "test/bent/1.png", "test/bent/1.jpg", "ground_truth/bent/1_mask.png")
+    with pytest.raises(ValueError, match=r"1_mask.png: the mask of 1.jpg or of 1.png\?"):
+        open_dataset("bolt", tmp_path)
+    for suffix in ("jpg", "png"):  # which says whose it is
+        pictures(tmp_path / "bolt", f"ground_truth/bent/1.{suffix}.png")
+    found = open_dataset("bolt", tmp_path).records
+    assert [r.mask_path for r in found] == [None, "ground_truth/bent/1.jpg.png", "ground_truth/bent/1.png.png"]
+
+
+def test_a_mask_that_is_not_found_is_said_with_what_lies_there(tmp_path):
+    pictures(tmp_path / "bolt", "test/good/0.png", "test/bent/1.png", "ground_truth/bent/one.png")
+    with pytest.raises(FileNotFoundError, match=r"1_mask.png' \(its folder has one.png\)\. All of them: python -m"):
+        open_dataset("bolt", tmp_path)
+
+
+def test_folders_of_known_sets_are_found_in_any_case(tmp_path):
+    for name in ("MVTec", "Brain"):
+        folder, build = TREES[name]
+        build(tmp_path / folder.lower())
+        for given in (name, name.lower(), name.upper()):
+            assert open_dataset(given, tmp_path).source == name
+    pictures(tmp_path / "Bolts", "good/0.png")
+    assert open_dataset("bolts", tmp_path).folder == tmp_path / "Bolts"
+    if not (tmp_path / "BOLTS").exists():  # where the two are two folders, the spelling that is given is tried first
+        pictures(tmp_path / "bolts", "good/0.png", "good/1.png")
+        assert len(open_dataset("bolts", tmp_path).records) == 2
 
 
 def test_likely_mistakes_get_a_hint(tmp_path, monkeypatch):

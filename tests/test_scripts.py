@@ -118,6 +118,21 @@ def test_arguments_from_a_file(scripts, data_root, tmp_path, capsys):
     assert "gone.args" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])  # as Windows' PowerShell writes
+def test_a_file_of_arguments_is_used_from_anywhere(scripts, base, tmp_path, monkeypatch, capsys, encoding):
+    shutil.copytree(base, tmp_path / "recipes" / "bases" / "b")
+    (tmp_path / "recipes" / "rates.args").write_text("--text_lr 0.25", encoding="utf-8")
+    recipe = tmp_path / "recipes" / "deep" / "r.args"
+    recipe.parent.mkdir()
+    text = "--dataset small --resume bases/b\n@./rates.args --save_path bases/new"
+    recipe.write_text(text, encoding=encoding)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert scripts("train_cross_attention", f"@{recipe}", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "0.25" in out and f"Files in {Path('bases/new')}" in out
+
+
 def test_contact_sheets(scripts, run, other_root):
     command = ["test", "--ckpt", run / "loop_2.pth", "--dataset", "other", "--device", "cpu"]
     assert scripts(*command, "--pictures", 2, data_root=other_root) == 0

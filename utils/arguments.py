@@ -1,8 +1,10 @@
 """Command-line arguments that several scripts share. Flags keep AA-CLIP's names."""
 
 import argparse
+import os
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -49,8 +51,8 @@ PRECISION: dict[str, Any] = {
     "group": "places and machine",
 }
 DEFAULT_PRECISION = "fp32"
-# Lines of all @FILEs of a call.
-MOST_LINES = 100_000
+# Lines of all @FILEs of a call, and @FILEs within each other.
+MOST_LINES, DEEPEST = 100_000, 20
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -64,27 +66,51 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 class _Parser(argparse.ArgumentParser):
     """Reads arguments from @FILE too: several on a line, "quoted" where they hold spaces, and lines of # comments."""
 
-    lines = 0
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Of the command line, or of `args`."""
-        try:
-            return super().parse_known_args(args, namespace)
-        except RecursionError:
-            self.error("an @FILE that names itself, or very many others")
+        self.lines = 0
+        words = list(self._expanded(sys.argv[1:] if args is None else args))
+        return super().parse_known_args(words, namespace)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        self.lines += 1
+    def _expanded(self, words: Iterable[str], depth: int = 0) -> Iterator[str]:
+        """Words, with what is in an @FILE in its place."""
+        if depth > DEEPEST:
+            self.error("an @FILE that names itself, or very many others")
+        for word in words:
+            if not word.startswith("@"):
+                yield word
+                continue
+            path = Path(os.path.expanduser(word[1:]))
+            for line in self._lines_of(path):
+                yield from self._expanded(_seen_from(path, self._words(line)), depth + 1)
+
+    def _lines_of(self, path: Path) -> list[str]:
+        try:
+            data = path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a name that no file has
+            reason = getattr(error, "strerror", None) or error
+            self.error(
+                f"@{path}: {reason}. An argument that begins with @ stands for a file of arguments; a name that does "
+                "is given as ./@NAME"
+            )
+        try:
+            lines = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            self.error(f"@{path}: not UTF-8 ({error})")
+        self.lines += len(lines)
         if self.lines > MOST_LINES:
             self.error(f"more than {MOST_LINES} lines in @FILEs; does one name itself")
-        if arg_line.lstrip().startswith("#"):
+        return lines
+
+    def _words(self, line: str) -> list[str]:
+        if line.lstrip().startswith("#"):
             return []
-        words = shlex.shlex(arg_line, posix=True, punctuation_chars="")
+        words = shlex.shlex(line, posix=True, punctuation_chars="")
         words.whitespace_split, words.commenters, words.escape = True, "", ""  # backslashes are Windows paths
         try:
             return list(words)
         except ValueError as error:
-            self.error(f"{error} in the line '{arg_line.strip()}' of an @FILE")
+            self.error(f"{error} in the line '{line.strip()}' of an @FILE")
 
     def error(self, message: str) -> NoReturn:
         """One line, not the list of all flags; a mistyped flag gets its likely name."""
@@ -94,13 +120,22 @@ class _Parser(argparse.ArgumentParser):
         hint = "".join(f" Did you mean {names[0]}?" for names in likely if names and names[0] not in words)
         if message.startswith("unrecognized arguments: -") and not words:
             hint = " A file whose name begins with - is given as ./-NAME."
-        if message.startswith("[Errno"):  # of opening an @FILE
-            message = f"@FILE: {message.partition('] ')[2]}"
-            hint = (
-                " An argument that begins with @ stands for a file of arguments; a name that does is given as ./@NAME."
-            )
         said = printable(shorten(message, 400))
         self.exit(2, f"{self.prog}: error: {said}.{hint} --help lists all flags.\n")
+
+
+def _seen_from(file: Path, words: list[str]) -> Iterator[str]:
+    """The words of a line of an @FILE.
+
+    A path that is not there as seen from here is looked for from the file's folder
+    and from those above it, so that a recipe beside what it names can be used from anywhere. --save_path stays.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        name = word.removeprefix("@")
+        found = None
+        if "/" in name and before != "--save_path" and not os.path.lexists(name):
+            found = next((folder / name for folder in file.absolute().parents if (folder / name).exists()), None)
+        yield word if found is None else f"{word[: -len(name)]}{found}"
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -109,7 +144,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
-        fromfile_prefix_chars="@",
         epilog='"@FILE" stands for the arguments in FILE; those after it on the command line win.',
     )
 

@@ -161,6 +161,7 @@ def _load_base(folder: Path) -> Checkpoint:
         expect(HalfOfBase, content, path)
         if not isinstance(content.get(name), dict):
             raise ValueError(f"{path}: '{name}' is missing, the state dict of AA-CLIP's adapters.")
+        content[name] = _without_prefix(content[name])
         check_weights(content[name], f"{path}: '{name}'")
         if content["epoch"] < 1:
             raise ValueError(
@@ -181,6 +182,12 @@ def _load_base(folder: Path) -> Checkpoint:
     clip_sha256 = text.get("environment", {}).get("clip_sha256")
     fitted = _calibration(image)
     return Checkpoint(folder, 0, modules, base, config.get("model"), training, clip_sha256, fitted)
+
+
+def _without_prefix(state: dict) -> dict:
+    """A state dict without what DataParallel puts before every name."""
+    wrapped = state and all(str(name).startswith("module.") for name in state)
+    return {name.removeprefix("module."): value for name, value in state.items()} if wrapped else state
 
 
 def checkpoints_of(path: Path) -> list[Checkpoint]:

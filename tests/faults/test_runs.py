@@ -312,7 +312,7 @@ def test_a_log_goes_on_with_what_it_can_keep(scripts, base, run, cut, tmp_path, 
     command = [*EXTEND[:-2], "--resume", base, "--save_path", log.parent, "--loops"]
     assert scripts(*command, "3") == 0
     assert log.read_text(encoding="utf-8").startswith(whole) and "earlier epochs" not in capsys.readouterr().err
-    rows = whole.splitlines()
+    rows = log.read_text(encoding="utf-8").splitlines()
     cut_short = [row for row in rows if not row.startswith("epoch,1,")]
     log.write_text("\n".join([f"{cut_short[0]},mine", *(f"{row},7" for row in cut_short[1:]), ""]), encoding="utf-8")
     assert scripts(*command, "4") == 0
