@@ -25,8 +25,9 @@ import numpy as np
 from dataset.commands import name_argument, path_argument, show
 from dataset.constants import BLUR
 from dataset.files import check_place, replacing
-from dataset.images import read_image
+from dataset.images import bits_for, brightest, pages, read_image, take_pixels
 from dataset.layouts import IMAGE_SUFFIXES, known_good
+from dataset.survey import named_few
 from dataset.words import on_one_line
 from utils import arguments
 from utils.checkpoints import check_there
@@ -44,6 +45,7 @@ from utils.judging import (
 from utils.logs import progress
 from utils.machine import device_of
 from utils.models import ModelLoader
+from utils.options import at_least
 from utils.report.plots import Example, Panel, draw_examples
 
 __all__ = ["Detector"]
@@ -80,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what the images show, in words CLIP knows",
     )
     parser.add_argument("--domain", choices=tuple(BLUR), default=next(iter(BLUR)), help="of the images")
+    parser.add_argument("--bits", type=at_least(8, 16), default=16, help=arguments.BITS["help"])
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument("--save_path", type=path_argument, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
@@ -173,14 +176,32 @@ def check_folder(folder: Path, files: list[str], images: dict[Path, str]) -> Non
             )
 
 
+def remark(images: list[Path], bits: int) -> None:
+    """Say what may not be meant: files of several pages, and images of 16 bits that are all dark."""
+    several = [path for path in images if pages(path) > 1]
+    if several:
+        logger.warning("%d files have several pages, the first of which is read: %s", len(several), named_few(several))
+    highest = max((value for path in images if (value := brightest(path)) is not None), default=None)
+    if highest is not None and bits_for(highest) < bits:
+        fewest = bits_for(highest)
+        logger.warning(
+            "Images of 16 bits have values up to %d, and are read as of %d bits, so they are dark. If their camera has "
+            "%d, give --bits %d.",
+            highest,
+            bits,
+            fewest,
+            fewest,
+        )
+
+
 def judge_all(
-    detectors: list[Detector], images: dict[Path, str], maps: dict[tuple[str, str], str], folder: Path
+    detectors: list[Detector], images: dict[Path, str], maps: dict[tuple[str, str], str], folder: Path, bits: int
 ) -> tuple[list[dict], dict[Path, str]]:
     """Rows of predictions.csv, and {image: what is wrong with it}; the maps are written as they come."""
     rows, failed = [], {}
     for path, stem in progress(images.items(), desc="images", unit="image"):
         try:
-            image = read_image(path)
+            image = read_image(path, bits)
             verdicts = [detector(image) for detector in detectors]
         except ValueError as error:
             failed[path] = str(error)
@@ -198,10 +219,16 @@ def judge_all(
 
 
 def draw(
-    path: Path, rows: list[dict], extremes: list[tuple[float, float]], scaled_by: str, folder: Path, stem: str
+    path: Path,
+    rows: list[dict],
+    extremes: list[tuple[float, float]],
+    scaled_by: str,
+    folder: Path,
+    stem: str,
+    bits: int,
 ) -> None:
     """The picture of one image: it, and every model's map."""
-    image = read_image(path)
+    image = read_image(path, bits)
     image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     panels = []
     for row, ends in zip(rows, extremes, strict=True):
@@ -228,6 +255,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> int:
     args = parse_arguments()
+    take_pixels(args.max_pixels)
     for path in args.ckpt:
         check_there(path)
     check_place(args.save_path, "--save_path")
@@ -248,8 +276,9 @@ def main() -> int:
     check_folder(args.save_path, [*(f"{stem}.png" for stem in images.values()), *maps.values()], images)
     args.save_path.mkdir(parents=True, exist_ok=True)
     write_csv(args.save_path / TABLE, [], COLUMNS)  # which tells from now on whose folder it is
-    rows, failed = judge_all(detectors, images, maps, args.save_path)
+    rows, failed = judge_all(detectors, images, maps, args.save_path, args.bits)
     if rows:
+        remark([path for path in images if path not in failed], args.bits)
         write_csv(args.save_path / TABLE, rows)
         show(table(rows))
         seen = min(row["lowest_map_value"] for row in rows), max(row["highest_map_value"] for row in rows)
@@ -257,7 +286,7 @@ def main() -> int:
         judged = [(path, stem) for path, stem in images.items() if path not in failed]
         for number, (path, stem) in enumerate(progress(judged, desc="pictures", unit="image")):
             own = rows[number * len(detectors) : (number + 1) * len(detectors)]
-            draw(path, own, extremes, scaled_by, args.save_path, stem)
+            draw(path, own, extremes, scaled_by, args.save_path, stem, args.bits)
         logger.info("Wrote predictions.csv, pictures and maps (.npy) to %s", args.save_path)
     if failed:
         logger.error("%d of %d images could not be judged: %s", len(failed), len(images), ", ".join(map(str, failed)))

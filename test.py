@@ -10,13 +10,15 @@ everything in one HTML file. --image_idx shows one image across the base and all
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
-from dataset.images import check_files
+from dataset.files import check_place
 from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
+from dataset.survey import survey, with_bits
 from utils import arguments
 from utils.checkpoints import check_there
 from utils.cli import run_script
@@ -56,6 +58,11 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=["MVTec"],
         help="data sets: known names, folders under --data_root, or paths of folders and .jsonl files",
+    )
+    parser.add_argument(
+        "--save_path",
+        type=path_argument,
+        help="folder for the results, one in it for each run; without it they go beside the checkpoints",
     )
     arguments.add_own_data_arguments(parser)
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
@@ -105,6 +112,12 @@ def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
     return data_sets
 
 
+def surveyed(data: DataSet, bits: int | None, skip_broken: bool) -> DataSet:
+    """A data set, all files of which were read once."""
+    records = with_bits(data.folder, data.records, bits)
+    return replace(data, records=survey(data.folder, records, skip_broken))
+
+
 def normal_images_of(args: argparse.Namespace, data: DataSet) -> dict[str, list[Path]] | None:
     """{class: images} of --normal_images for a data set."""
     if args.normal_images is None:
@@ -134,7 +147,7 @@ def list_images(data: DataSet, class_name: str | None) -> str:
 
 def write(comparison: Comparison) -> None:
     """Print the table of a comparison and write its files, beside the checkpoints and the last of them."""
-    data, folder = comparison.data, comparison.subject.contender.checkpoint.folder
+    data, folder = comparison.data, comparison.subject.contender.folder
     show(f"\n{data.name}: {len(data.records)} images, in percent", text_table(comparison), *notes(comparison))
     files = [path for results in comparison.results for path in write_results(results)]
     files.append(write_json(comparison, folder / f"comparison_{data.name}.json"))
@@ -163,8 +176,12 @@ def main() -> None:
     if args.image_idx is not None:
         classes = [class_of_image(data, args.class_name, args.image_idx) for data in data_sets]
     machine = arguments.machine_of(args)
+    if args.image_idx is None:
+        data_sets = [surveyed(data, args.bits, machine.skip_broken) for data in data_sets]
     loader = ModelLoader(machine.device, machine.clip_weights, arguments.model_flags(args))
-    contenders = load_contenders(args.ckpt, args.control, loader)
+    contenders = load_contenders(args.ckpt, args.control, loader, args.save_path)
+    for contender in contenders:
+        check_place(contender.folder, "--save_path" if args.save_path else "results beside --ckpt (see --save_path):")
     if args.normal_images:
         check_normal_images(contender.model for contender in contenders)
     batching = Batching(args.batch_size, machine.num_workers, args.precision)
@@ -173,8 +190,6 @@ def main() -> None:
         for bench, class_name in zip(benches, classes, strict=True):
             logger.info("Wrote %s", ", ".join(map(str, draw_one(bench, contenders, class_name, args.image_idx))))
         return
-    for data in data_sets:
-        check_files(data.folder, data.records)
     chapters = []
     for bench in benches:
         comparison = measure(bench, contenders, args.resamples, args.seed)

@@ -11,12 +11,13 @@ import argparse
 import logging
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
-from dataset.images import check_files
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, result_name
+from dataset.survey import survey, with_bits
 from model.adapter_cross_attention import new_extension
 from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint, load_checkpoint
@@ -121,9 +122,11 @@ def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
     for name in names:
         prepare(name, machine.data_root, machine.follow_links)
     data_sets = open_all(names, machine.data_root, follow_links=machine.follow_links)
+    found = []
     for data in data_sets:
-        check_files(data.folder, data.records)
-    return data_sets
+        records = with_bits(data.folder, data.records, None)
+        found.append(replace(data, records=survey(data.folder, records, machine.skip_broken)))
+    return found
 
 
 def keep_base(trainer: Trainer, source: Checkpoint) -> None:

@@ -3,9 +3,10 @@
     python -m dataset.check VisA MVTec --data_root DIR
 
 Numbers of images that are not the published ones, missing and unreadable files, masks of another size than their
-image, masks that are grey around their edges, empty masks of anomalous images, masks of normal images, and the same
-image twice: within a data set, in two of those named (training and test data, say), and in the train and the test split
-of an MVTec-like tree. Nothing is written. Exit code 0: nothing found; 1: see the list; 2: no such data set.
+image, masks that are grey around their edges, empty masks of anomalous images, masks of normal images, files of several
+pages, images that use few of their 16 bits, images that are not read, and the same image twice: within a data set, in
+two of those named (training and test data, say), and in the train and the test split of an MVTec-like tree. Nothing is
+written. Exit code 0: nothing found; 1: see the list; 2: no such data set.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.commands import make_parser, name_argument, run_command, show
-from dataset.images import cut_words, read_image, read_mask_pixels, readers
+from dataset.images import bits_for, pages, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
 from dataset.records import Record, link_target, read_entries
 from dataset.sets import Place, count_differences, find_dataset, list_folder, unread_words
+from dataset.survey import cut_words, found_brightest, named_few
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +45,7 @@ class Look:
     pixels: str | None = None
     masks: int = 0
     cut: bool = False
+    pages: int = 1
 
 
 class Finder:
@@ -64,7 +67,7 @@ class Finder:
             look.problems.append(f"missing image: {path}")
             return look
         try:
-            image = read_image(path)
+            image, look.pages = read_image(path), pages(path)
         except ValueError as error:
             look.problems.append(f"unreadable image: {error}")
             return look
@@ -117,6 +120,13 @@ class Finder:
                 self.places.setdefault(look.pixels, []).append(place.folder / entry["image_path"])
         if cut := sum(look.cut for look in looks):
             self.problems.append(f"grey masks: {place.name}, {cut_words(cut, sum(look.masks for look in looks))}")
+        if several := [entry["image_path"] for entry, look in zip(entries, looks, strict=True) if look.pages > 1]:
+            self.problems.append(f"several pages: {place.name}, {len(several)} images: {named_few(several)}")
+        highest = found_brightest(place.folder, listed)
+        if highest is not None and (bits := bits_for(highest)) < 16:
+            self.problems.append(
+                f"dark images: {place.name}, images of 16 bits have values up to {highest}: {bits} bits"
+            )
 
     def repeated(self) -> list[str]:
         """A line for every image that was seen more than once."""

@@ -1,6 +1,5 @@
 """Image and mask files, read as people see them, and checked."""
 
-import logging
 import math
 import os
 import threading
@@ -12,13 +11,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from dataset.records import Record
-
-logger = logging.getLogger(__name__)
 
 # What is tried, whatever a file is called: others are no photographs, have decoders that few test, or, as EPS, start
 # another program.
@@ -28,11 +25,15 @@ Image.init()  # else Pillow knows only some of them
 BAND = 1 << 22
 # Pixels of an image at most; of one bit each, they fit into a file of a few bytes. Telephones take up to 108 million.
 MOST_PIXELS = 128_000_000
+# Holds another number, for this process and those that it starts.
+MOST_PIXELS_VARIABLE = "AACLIP_MAX_PIXELS"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # whose limit is less
 # Larger images are decoded one after the other, whatever the number of threads.
 LARGE, one_large = 32_000_000, threading.Lock()
 # Threads that read files at most; each has an image in memory.
 MOST_THREADS = 8
+# Bits that cameras and scanners have.
+DEPTHS = (8, 10, 12, 14, 16)
 # Masks whose brightest value is less hold numbers of labels.
 DARK = 96
 
@@ -48,13 +49,23 @@ TURNS = (
 )
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, bits: int = 16) -> Image.Image:
     """An RGB image as a viewer shows it: turned by its EXIF orientation, 16 bits scaled to 8, transparent over white.
 
-    Raises ValueError where the file cannot be decoded.
+    `bits` of the values, if the file has 16 of them. Raises ValueError where the file cannot be decoded, or its values
+    have more bits.
     """
     with _opened(path, "an image") as image:
-        return as_rgb(image)
+        if bits < 16 and _is_deep_colour(image):
+            return _deep_colour_to_rgb(path, image, bits)
+        return as_rgb(image, bits)
+
+
+def take_pixels(most: int) -> None:
+    """Read images of up to so many pixels from now on."""
+    os.environ[MOST_PIXELS_VARIABLE] = str(most)
+    if Image.MAX_IMAGE_PIXELS is not None and most > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most  # else Pillow refuses them
 
 
 @contextmanager
@@ -62,21 +73,24 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
     """A file as Pillow opens it; what goes wrong within is a ValueError: not readable as `kind`."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} px, expected at most {MOST_PIXELS:,} pixels")
+            pixels, most = image.width * image.height, int(os.environ.get(MOST_PIXELS_VARIABLE, MOST_PIXELS))
+            if pixels > most:
+                size = f"{image.width} x {image.height} px"
+                raise ValueError(f"{size}, expected at most {most:,} pixels; --max_pixels takes more")
             with one_large if pixels > LARGE else nullcontext():
                 yield image
     except Exception as error:  # decoders raise what they like for broken files, AssertionError and IndexError too
         reason = "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of the formats that are read: {', '.join(FORMATS)}"
+        if isinstance(error, Image.DecompressionBombError):
+            reason = "too many pixels; --max_pixels takes more"
         raise ValueError(f"{path}: not readable as {kind} ({shorten(reason, 160)}).") from error
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The same of an image that is open. Raises ValueError for pixels of other kinds."""
-    found = _to_rgb(_turned(image), "white")
+def as_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
+    """The same of an image that is open; of one with colours of 16 bits the highest 8 count. Raises ValueError."""
+    found = _to_rgb(_turned(image), "white", bits)
     if found is not image:
         found.info = {}  # what the file says of itself would have the image turned again, by whoever gets it
     return found
@@ -101,39 +115,83 @@ def _turned(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[orientation - 2]) if orientation > 1 else image
 
 
-def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether a file that was just opened has colours of 16 bits, of which Pillow gives the highest 8."""
+    return image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _deep_colours(path: Path) -> np.ndarray:
+    """The values [height, width, 3 or 4] of colours of 16 bits, red first."""
+    found = cv2.imdecode(np.frombuffer(path.read_bytes(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is None or found.dtype != np.uint16 or found.ndim != 3:
+        raise ValueError("its colours of 16 bits cannot be read; save it as PNG, or give --bits 16")
+    return found[..., [2, 1, 0, 3][: found.shape[2]]]
+
+
+def _deep_colour_to_rgb(path: Path, image: Image.Image, bits: int) -> Image.Image:
+    orientation = _orientation(image)
+    if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        raise ValueError("a TIFF file with colours of 16 bits that its EXIF data turn; save it upright")
+    found = Image.fromarray(_scaled(_deep_colours(path), bits))
+    if orientation > 1:
+        found = found.transpose(TURNS[orientation - 2])
+    return _to_rgb(found, "white", bits)
+
+
+def _scaled(values: np.ndarray, bits: int) -> np.ndarray:
+    """Values of so many bits as ones of 8."""
+    most = 2**bits - 1
+    if values.max(initial=0) > most:
+        raise ValueError(f"it has values up to {values.max()}, which are more than {bits} bits; give another --bits")
+    return (values / (most / 255)).round().astype(np.uint8)
+
+
+def brightest(path: Path) -> int | None:
+    """The highest value in an image file of 16 bits, None for one of 8. Raises ValueError if unreadable."""
+    with _opened(path, "an image") as image:
+        if image.mode.startswith("I"):
+            return int(np.asarray(image).max(initial=0))
+        return int(_deep_colours(path)[..., :3].max(initial=0)) if _is_deep_colour(image) else None
+
+
+def pages(path: Path) -> int:
+    """How many pictures a file holds, of which the first is read. Raises ValueError if unreadable."""
+    with _opened(path, "an image") as image:
+        # Not of photographs, in which telephones hide a second picture.
+        return getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF", "PNG", "WEBP") else 1
+
+
+def bits_for(value: int) -> int:
+    """The fewest bits, of those that cameras have, that a value has room in."""
+    return next(bits for bits in DEPTHS if value < 2**bits)
+
+
+def _to_rgb(image: Image.Image, background: str, bits: int = 16) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         image.load()
         return image
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; expected whole numbers of 8 or 16 bits")
     if image.width * image.height <= BAND:
-        return _band_to_rgb(image, background)
+        return _band_to_rgb(image, background, bits)
     found = Image.new("RGB", image.size)
     rows = max(1, BAND // image.width)
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        found.paste(_band_to_rgb(band, background), (0, top))
+        found.paste(_band_to_rgb(band, background, bits), (0, top))
     return found
 
 
-def _band_to_rgb(image: Image.Image, background: str) -> Image.Image:
+def _band_to_rgb(image: Image.Image, background: str, bits: int) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion would cut at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels are numbers of 32 bits; expected 8 or 16 bits")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
+        image = Image.fromarray(_scaled(values, bits))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
-
-
-class Look(NamedTuple):
-    """What was seen of the mask of a record: if it is cut (`MaskPixels`), if it has another size than its image."""
-
-    cut: bool = False
-    resized: bool = False
 
 
 class MaskPixels(NamedTuple):
@@ -192,12 +250,13 @@ def read_defect(path: Path) -> MaskPixels:
 
 def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
     """The image of a record and its mask, None where it has none. Raises ValueError for what is wrong with them."""
-    image, mask = _read_both(folder, record)
+    image, mask = read_pixels(folder, record)
     return image, None if mask is None else Image.fromarray(mask.defect.astype(np.uint8) * 255)
 
 
-def _read_both(folder: Path, record: Record) -> tuple[Image.Image, MaskPixels | None]:
-    image = read_image(folder / record.image_path)
+def read_pixels(folder: Path, record: Record) -> tuple[Image.Image, MaskPixels | None]:
+    """The same, of the mask what `read_mask_pixels` gives."""
+    image = read_image(folder / record.image_path, record.bits)
     if record.mask_path is None:
         return image, None
     path = folder / record.mask_path
@@ -224,39 +283,3 @@ def size_on_disk(path: Path) -> tuple[int, int]:
 def readers() -> ThreadPoolExecutor:
     """Threads to read files with, as many as this machine has processors and memory for."""
     return ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))
-
-
-def check_files(folder: Path, records: list[Record]) -> None:
-    """Read every image and mask once, so that a bad one is found before anything is trained or tested.
-
-    Says how many masks are cut, and how many have another size than their image. Raises ValueError that names the file.
-    """
-
-    def check(record: Record) -> Look:
-        image, mask = _read_both(folder, record)
-        return Look() if mask is None else Look(mask.cut, mask.defect.shape[::-1] != image.size)
-
-    with readers() as pool:
-        checked = pool.map(check, records)
-        bar = tqdm(checked, total=len(records), desc="checking images and masks", leave=False, disable=None)
-        looks = list(bar)
-    masks = sum(record.mask_path is not None for record in records)
-    if cut := sum(look.cut for look in looks):
-        logger.warning("%s: %s", folder, cut_words(cut, masks))
-    if resized := [record.mask_path for record, look in zip(records, looks, strict=True) if look.resized]:
-        logger.warning(
-            "%s: %d of %d masks have another size than their image, and are stretched to it: %s%s",
-            folder,
-            len(resized),
-            masks,
-            resized[0],
-            " and others" if len(resized) > 1 else "",
-        )
-
-
-def cut_words(cut: int, masks: int) -> str:
-    """What is said of masks that are `cut`."""
-    return (
-        f"{cut} of {masks} masks are grey around their edges, as lossy compression or resizing leaves them; "
-        "pixels brighter than half are taken for defect."
-    )

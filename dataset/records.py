@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -24,12 +24,16 @@ LONGEST = 4096
 
 @dataclass(frozen=True)
 class Record:
-    """One image: `label` 0 normal or 1 anomalous; `mask_path` None for normal and for maskless images."""
+    """One image: `label` 0 normal or 1 anomalous; `mask_path` None for normal and for maskless images.
+
+    `bits` of the image's values, if its file has 16: how it is read, not which it is.
+    """
 
     image_path: str
     label: int
     class_name: str
     mask_path: str | None = None
+    bits: int = field(default=16, repr=False, compare=False)
 
 
 def read_records(metadata: Path) -> list[Record]:
@@ -211,7 +215,9 @@ def link_target(folder: Path, path: str) -> str | None:
 
 def write_records(path: Path, records: list[Record]) -> None:
     """Write `records` as JSON lines: all of them, or nothing."""
-    lines = (json.dumps({k: v for k, v in asdict(record).items() if v is not None}) for record in records)
+    lines = (
+        json.dumps({k: v for k, v in asdict(record).items() if v is not None and k != "bits"}) for record in records
+    )
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 

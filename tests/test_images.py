@@ -13,9 +13,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from dataset import check
-from dataset.images import as_rgb, check_files, read_defect, read_image, read_mask_pixels, read_record, size_on_disk
+from dataset.images import as_rgb, read_defect, read_image, read_mask_pixels, read_record, size_on_disk
 from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
 from dataset.sets import open_dataset
+from dataset.survey import survey
 from dataset.transforms import Transform
 from tests.conftest import write_small_dataset
 from tests.test_data import edit
@@ -34,13 +35,13 @@ def test_empty_masks_and_unreadable_files(root):
     folder = root / "small"
     Image.new("L", (48, 40)).save(folder / "candle" / "1_0_mask.png")
     with pytest.raises(ValueError, match=r"1_0_mask.png: the mask of an anomalous image is empty"):
-        check_files(folder, open_dataset("small", root).records)
+        survey(folder, open_dataset("small", root).records)
     (folder / "candle" / "1_1_mask.png").write_bytes(b"")
     with pytest.raises(ValueError, match="not readable as a mask"):
         read_defect(folder / "candle" / "1_1_mask.png")
     (folder / "metal_nut" / "0_0.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match=r"0_0.png: not readable as an image"):
-        check_files(folder, open_dataset("small", root).records)
+        survey(folder, open_dataset("small", root).records)
     dataset = AnomalyDataset(folder, open_dataset("small", root).records, Transform(32))
     with pytest.raises(ValueError, match="not readable as an image"):
         dataset[0]
@@ -220,7 +221,7 @@ def test_a_mask_across_its_image_is_refused(root):
     with Image.open(data.folder / record.image_path) as image:
         image.save(data.folder / record.image_path, exif=turned_by(6))
     with pytest.raises(ValueError, match=r"1_0_mask.png: is 48 x 40 px, and its image, .* 40 x 48"):
-        check_files(data.folder, data.records)
+        survey(data.folder, data.records)
     with pytest.raises(ValueError, match="Turn one of them"):
         read_record(data.folder, record)
 

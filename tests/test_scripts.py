@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.images import check_files
 from dataset.loading import AnomalyDataset
 from dataset.sets import open_dataset
+from dataset.survey import survey
 from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, check_grid, predict
 from model.adapter_cross_attention import ModelConfig
@@ -294,13 +294,14 @@ def test_a_file_that_breaks_during_training_ends_with_1(scripts, base, tmp_path,
     path = write_small_dataset(tmp_path / "small") / "candle" / "0_1.png"
     content = path.read_bytes()
 
-    def check_and_break(folder, records):
-        check_files(folder, records)
+    def check_and_break(folder, records, skip_broken=False):
+        kept = survey(folder, records, skip_broken)
         path.write_bytes(content[: len(content) // 2])  # the header is whole
+        return kept
 
     command = ["train_cross_attention", *EXTEND, "--resume", base, "--save_path", tmp_path / "out"]
     with monkeypatch.context() as patched:
-        patched.setattr("utils.training.data.check_files", check_and_break)
+        patched.setattr("utils.training.data.survey", check_and_break)
         assert scripts(*command, data_root=tmp_path) == 1
     assert "0_1.png: not readable as an image" in capsys.readouterr().err
     assert (tmp_path / "out" / "state.pth").exists()

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from dataset.commands import add_data_root, path_argument
 from dataset.constants import BLUR
+from dataset.images import MOST_PIXELS, take_pixels
 from dataset.records import check_class
 from dataset.words import printable
 from model.adapter_cross_attention import ModelConfig, model_fields
@@ -39,6 +40,12 @@ CLASS_NAME: dict[str, Any] = {
     "help": "what the images of a data set that is not known show, where all show one thing ('object' works for any); "
     "without it the folder's name",
     "parse": class_argument,
+    "group": "data",
+}
+BITS: dict[str, Any] = {
+    "help": "of the values in image files of 16 bits, where all images have fewer, as a camera's 12",
+    "least": 8,
+    "most": 16,
     "group": "data",
 }
 NORMAL_IMAGES = (
@@ -162,6 +169,7 @@ def add_own_data_arguments(parser: argparse._ActionsContainer) -> None:
     """What is told of data sets that the program does not know."""
     add_flag(parser, "domain", str, DOMAIN, None)
     add_flag(parser, "class_name", str, CLASS_NAME, None)
+    add_flag(parser, "bits", int, BITS | {"help": f"{BITS['help']}; without it found from the brightest of all"}, None)
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -174,6 +182,12 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     )
     group.add_argument("--device", default=default_device(), help="device PyTorch computes on")
     add_flag(group, "precision", str, PRECISION, DEFAULT_PRECISION)
+    group.add_argument(
+        "--max_pixels",
+        type=at_least(1),
+        default=MOST_PIXELS,
+        help="of an image; one of more is taken for a hostile file",
+    )
     return group
 
 
@@ -181,6 +195,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Where things are, what reads and what computes."""
     group = add_machine_arguments(parser)
     add_data_root(group)
+    group.add_argument(
+        "--skip_broken",
+        action="store_true",
+        help="leave out images that cannot be read, or whose mask cannot, and say so",
+    )
     group.add_argument(
         "--num_workers", type=at_least(0, 256), help="processes that read images; without it 4 on a GPU, else 0"
     )
@@ -191,7 +210,8 @@ def machine_of(args: argparse.Namespace) -> Machine:
     workers = args.num_workers
     if workers is None:
         workers = 4 if args.device.startswith("cuda") else 0
-    return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links)
+    take_pixels(args.max_pixels)
+    return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links, args.skip_broken)
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -129,11 +129,19 @@ class Detector:
         single = found.single_scores.item()
         return Verdict(single, detection, highest, probability, anomalous, found.maps[0].cpu().numpy())
 
-    def __call__(self, image: str | Path | Image.Image) -> Verdict:
-        """Judge an image, a file or an open one, of the one class that the detector knows.
+    def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Verdict:
+        """Judge an image of the one class that the detector knows: a file, an open one, or its pixels.
 
-        Raises ValueError where a file is not readable as an image, and where a map or score is not finite.
+        Pixels are [height, width, 3], red first, or grey ones [height, width], of type uint8. Raises ValueError for
+        others, where a file is not readable as an image, and where a map or score is not finite.
         """
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+                raise ValueError(
+                    f"pixels of type {image.dtype} and shape {list(image.shape)}; expected uint8, [height, width, 3] "
+                    "or [height, width]"
+                )
+            image = Image.fromarray(np.ascontiguousarray(image))
         if isinstance(image, Image.Image):
             picture, name = as_rgb(image), "the image"
         else:

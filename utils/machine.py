@@ -9,13 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run has at hand; results do not depend on it. `device_name` is PyTorch's."""
+    """What a run has at hand, and what becomes of files that are broken. `device_name` is PyTorch's."""
 
     device_name: str
     clip_weights: Path | None
     data_root: Path
     num_workers: int
     follow_links: bool = False
+    skip_broken: bool = False
 
     @property
     def device(self) -> torch.device:

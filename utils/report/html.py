@@ -97,10 +97,10 @@ def write_report(chapters: list[Chapter]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "inline": inline, "words": _words}
-    folders = dict.fromkeys(contender.checkpoint.folder for contender in contenders)
-    trainings = [(folder, folder / "training.png") for folder in folders if (folder / "log.csv").is_file()]
+    places = {contender.checkpoint.folder: contender.folder for contender in contenders}
+    trainings = [(run, place / "training.png") for run, place in places.items() if (run / "log.csv").is_file()]
     subject, names = contenders[-1], "_".join(chapter.comparison.data.name for chapter in chapters)
-    path = subject.checkpoint.folder / f"report_{safe_name(names)}.html"
+    path = subject.folder / f"report_{safe_name(names)}.html"
     content = environment.get_template(TEMPLATE.name).render(
         subject=subject.name,
         contenders=contenders,
@@ -108,7 +108,7 @@ def write_report(chapters: list[Chapter]) -> Path:
         columns=COLUMNS,
         groups=list(dict.fromkeys(group for group, _ in COLUMNS.values())),
         confidence=f"{CONFIDENCE:.0%}",
-        trainings=[(folder, picture) for folder, picture in trainings if draw_training(folder / "log.csv", picture)],
+        trainings=[(run, picture) for run, picture in trainings if draw_training(run / "log.csv", picture)],
         command=shlex.join(["python", *sys.argv]),
     )
     return write_text(path, content)

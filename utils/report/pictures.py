@@ -29,7 +29,7 @@ CURVES, ONE_IMAGE = "loops", "one_image"
 
 def picture_folder(bench: Bench, subject: Contender) -> Path:
     """Where the pictures of a data set go: beside the checkpoint that they are about."""
-    return subject.checkpoint.folder / f"pictures_{bench.data.name}"
+    return subject.folder / f"pictures_{bench.data.name}"
 
 
 def class_files(bench: Bench) -> dict[str, str]:

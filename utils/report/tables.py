@@ -131,10 +131,11 @@ def write_results(results: Results) -> list[Path]:
 
     <loop>_<data set>.csv and <loop>_<data set>_images.csv; in a base's folder, base_...
     """
-    stem = results.contender.checkpoint.stem
+    stem = results.contender.stem
     data = results.bench.data
     name = f"{stem.name}_{data.name}"
     images = [row for class_name, sample in results.samples.items() for row in _image_rows(class_name, sample, data)]
+    stem.parent.mkdir(parents=True, exist_ok=True)
     return [
         write_csv(stem.with_name(f"{name}.csv"), _class_rows(results)),
         write_csv(stem.with_name(f"{name}_images.csv"), images),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dataset.sets import DataSet, canonical_name
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
 from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of, load_checkpoint
+from utils.files import unused_name
 from utils.options import completed
 
 logger = logging.getLogger(__name__)
@@ -16,12 +17,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A model under test; `references`: what it is compared with, {"base": ..., "control": ...}; a base: nothing."""
+    """A model under test; `references`: what it is compared with, {"base": ..., "control": ...}; a base: nothing.
+
+    `results`: the folder for files about it, where that is not the checkpoint's own.
+    """
 
     checkpoint: Checkpoint
     model: CrossAttentionCLIP
     name: str
     references: dict[str, "Contender"] = field(default_factory=dict)
+    results: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where files about it go."""
+        return self.results or self.checkpoint.folder
+
+    @property
+    def stem(self) -> Path:
+        """Where the names of files about it alone begin."""
+        return self.folder / self.checkpoint.stem.name
 
     def was_trained_on(self, data: DataSet) -> bool | str:
         """Whether the model has seen this data set, "unknown" where its base does not tell."""
@@ -47,18 +62,26 @@ def identity(checkpoint: Checkpoint) -> str:
 
 
 def load_contenders(
-    paths: list[Path], controls: list[Path], load: Callable[[Checkpoint], CrossAttentionCLIP]
+    paths: list[Path],
+    controls: list[Path],
+    load: Callable[[Checkpoint], CrossAttentionCLIP],
+    results: Path | None = None,
 ) -> list[Contender]:
     """Every checkpoint asked for and what it is compared with, which comes before it.
 
-    `load` makes the models, all on one backbone. Raises what `collect` raises.
+    `load` makes the models, all on one backbone. `results`: a folder for files about them, in which each run has one of
+    its own. Raises what `collect` raises.
     """
     wanted = collect(paths, controls)
     names = checkpoint_names([entry.checkpoint for entry in wanted.values()])
     found: dict[str, Contender] = {}
+    folders = [entry.checkpoint.folder.resolve() for entry in wanted.values()]
+    taken: set[str] = set()
+    places = {folder: results and results / unused_name(folder.name, taken) for folder in dict.fromkeys(folders)}
     for (key, (checkpoint, references)), name in zip(wanted.items(), names, strict=True):
         known = {role: found[other] for role, other in references.items()}
-        found[key] = Contender(checkpoint, load(checkpoint), name, known)
+        place = places[checkpoint.folder.resolve()]
+        found[key] = Contender(checkpoint, load(checkpoint), name, known, place)
     return list(found.values())
 
 

@@ -4,12 +4,13 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataset.images import check_files
 from dataset.loading import AnomalyDataset, ImageCache, cache_images
 from dataset.prepare import prepare
 from dataset.records import Record, digest, hold_out, hold_out_classes, partners
 from dataset.sets import draw_few_shot, open_dataset
+from dataset.survey import survey, with_bits
 from dataset.transforms import Transform
+from utils.machine import Machine
 from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -46,24 +47,27 @@ class TrainingData:
         return replace(self, partners=partners(self.train, seed) | partners(self.held_out, seed))
 
 
-def load_training_data(
-    settings: Settings, data_root: Path, img_size: int, in_memory: bool = False, follow_links: bool = False
-) -> TrainingData:
+def load_training_data(settings: Settings, machine: Machine, img_size: int, in_memory: bool = False) -> TrainingData:
     """Open, draw and check the images of a run, and read them where they shall be kept `in_memory`.
 
     A demo set that is not there is rendered, a list that is missing is written. Raises ValueError or FileNotFoundError.
     """
-    prepare(settings.dataset, data_root, follow_links)
-    data = open_dataset(settings.dataset, data_root, settings.domain, settings.class_name, follow_links)
+    where, links = machine.data_root, machine.follow_links
+    prepare(settings.dataset, where, links)
+    data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links)
+    if machine.skip_broken:  # before any are drawn, or held out
+        data = replace(data, records=survey(data.folder, data.records, skip_broken=True))
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
+    records = with_bits(data.folder, records, settings.bits, of=data.records)
+    if not machine.skip_broken:
+        survey(data.folder, records)
     train, held_out = _divide(records, settings)
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
     resized = Transform(img_size, augment=settings.augment)
-    check_files(data.folder, records)
     cache = cache_images(data.folder, records, resized) if in_memory else None
     _report_maskless(train)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)

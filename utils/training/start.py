@@ -33,7 +33,7 @@ def start(
     check_free(plan.folder)
     open_board = tensorboard_writer() if tensorboard else None
     config = plan.config
-    data = load_training_data(plan.settings, machine.data_root, config.img_size, in_memory, machine.follow_links)
+    data = load_training_data(plan.settings, machine, config.img_size, in_memory)
     backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, machine.clip_weights)
     model = build_model(config, backbone, checkpoint, machine.device, plan.settings.seed)
     if model.sees_another_image:
