@@ -32,6 +32,7 @@ from dataset.words import on_one_line
 from utils import arguments
 from utils.checkpoints import check_there
 from utils.cli import run_script
+from utils.errors import FULL
 from utils.files import unused_name, write_csv
 from utils.judging import (
     Detector,
@@ -203,14 +204,17 @@ def judge_all(
         try:
             image = read_image(path, bits)
             verdicts = [detector(image) for detector in detectors]
-        except ValueError as error:
+            for detector, verdict in zip(detectors, verdicts, strict=True):
+                with replacing(folder / maps[stem, detector.name]) as file:
+                    np.save(file, verdict.map)
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise  # and so would all that follow
             failed[path] = str(error)
             logger.error("error: %s", error)
             continue
         for detector, verdict in zip(detectors, verdicts, strict=True):
             name = maps[stem, detector.name]
-            with replacing(folder / name) as file:
-                np.save(file, verdict.map)
             decision = None if verdict.anomalous is None else decision_word(verdict.anomalous)
             values = [str(path), detector.name, verdict.single_score, decision, verdict.probability]
             values += [verdict.detection_score, verdict.highest, verdict.map.min(), name]

@@ -113,7 +113,7 @@ def result_name(name: str) -> str:
 
 def is_path(name: str) -> bool:
     """Whether a data set is given by its path, rather than by a name under the data root."""
-    return "/" in name or os.sep in name
+    return "/" in name or os.sep in name or name in (".", "..")
 
 
 def is_list(name: str) -> bool:

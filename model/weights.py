@@ -4,9 +4,12 @@ import hashlib
 import logging
 from pathlib import Path
 from textwrap import shorten
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from torch import Tensor
 
@@ -14,6 +17,8 @@ from model.pickles import read_archive, what_else
 
 logger = logging.getLogger(__name__)
 
+# How long an answer of the network is waited for.
+NETWORK_SECONDS = 5
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
@@ -45,7 +50,7 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
     if addresses:
         logger.info("No weights of %s in %s; trying to download them.", model_name, ", ".join(WEIGHT_FOLDERS))
         try:
-            return Path(open_clip.download_pretrained(source))
+            return _downloaded(source, addresses)
         except Exception as error:  # open_clip, the hub and urllib each raise their own kinds; reported below
             reason = f"download failed: {shorten(str(error), 160)} ({type(error).__name__})"
     known = " or ".join(f"{address} (as {model_name}{Path(address).suffix})" for address in addresses)
@@ -57,6 +62,25 @@ def find_weights(model_name: str, clip_weights: str | Path | None = None) -> Pat
         f"Download {known or 'a checkpoint of this model (as one of these names)'} into {folders[0]}, "
         "or give the file with --clip_weights FILE."
     )
+
+
+def _downloaded(source: dict, addresses: list[str]) -> Path:
+    """The file of an entry of open_clip's pretrained list, from its cache where there is no network.
+
+    Whether there is one is asked first: Hugging Face's library tries again and again, for a minute.
+    """
+    try:
+        urlopen(Request(addresses[-1], method="HEAD"), timeout=NETWORK_SECONDS).close()
+    except HTTPError:
+        pass  # somebody answered
+    except OSError as error:
+        if source.get("hf_hub"):
+            repository, _, name = source["hf_hub"].rpartition("/")
+            try:
+                return Path(hf_hub_download(repository, name or HF_SAFE_WEIGHTS_NAME, local_files_only=True))
+            except Exception as missing:  # the hub's own kinds
+                raise ConnectionError(f"no network: {getattr(error, 'reason', error)}") from missing
+    return Path(open_clip.download_pretrained(source))
 
 
 def _addresses(source: dict) -> list[str]:

@@ -1,6 +1,8 @@
 """Weight files of every kind, sizes read from the model, and the walk against open_clip's own forward."""
 
 import contextlib
+from pathlib import Path
+from urllib.error import URLError
 
 import open_clip
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from benchmarks.standin import Scripted, standin_images
 from model import weights as module
 from model.backbone import Backbone, clip_config, default_adapters, load_backbone, vv_attention
-from model.weights import read_weights
+from model.weights import find_weights, read_weights
 
 PROMPTS = ["a photo of a damaged metal nut.", "candle."]
 
@@ -62,7 +64,12 @@ def nowhere(tmp_path, monkeypatch):
     def no_network(source):
         raise OSError("no route to host")
 
+    def no_answer(request, timeout):
+        raise URLError("no route to host")
+
     monkeypatch.setattr(open_clip, "download_pretrained", no_network)
+    monkeypatch.setattr(module, "urlopen", no_answer)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     return tmp_path
@@ -79,6 +86,16 @@ def test_missing_weights_say_what_was_tried(nowhere):
         "--clip_weights",
     ):
         assert part in str(error.value)
+
+
+def test_without_a_network_what_was_downloaded_before_is_found(nowhere, monkeypatch):
+    def cached(repository, name, local_files_only):
+        assert local_files_only
+        return f"/cache/{repository}/{name}"
+
+    monkeypatch.setattr(module, "hf_hub_download", cached)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"hf_hub": "owner/name/"})
+    assert find_weights("demo") == Path("/cache/owner/name/open_clip_model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataset.sets import DataSet
 from dataset.transforms import Transform
 from forward_utils_cross_attention import Prediction, PromptBank
 from model.backbone import Backbone
+from utils.files import LONGEST_NAME, safe_name
 from utils.judging import Detector, judge_batches
 from utils.testing.contenders import Contender
 
@@ -34,7 +35,11 @@ class Bench:
     def __init__(
         self, data: DataSet, backbone: Backbone, batching: Batching, normal_images: dict[str, list[Path]] | None = None
     ):
-        self.data = replace(data, name=f"{data.name}_normal_images") if normal_images else data
+        name = f"{data.name}_normal_images" if normal_images else data.name
+        # Files are called so, with more before and behind.
+        self.data = replace(
+            data, name=name if len(name.encode("utf-8", "replace")) <= LONGEST_NAME else safe_name(name)
+        )
         self.batching, self.normal_images = batching, normal_images
         self.bank = PromptBank(backbone, data.descriptions, data.domain)
         self._transform = Transform(backbone.img_size)
