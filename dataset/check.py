@@ -78,7 +78,7 @@ class Finder:
 
     def look_at_mask(self, path: Path, anomalous: bool, size: tuple[int, int], look: Look) -> None:
         """The mask of an image of `size` (width, height) in pixels."""
-        if not path.is_file():
+        if not path.exists():
             # Some published lists name masks of normal images that were never there.
             if anomalous:
                 look.problems.append(f"missing mask: {path}")

@@ -90,7 +90,7 @@ DATA_SETS = {
     ),
     "Colon_Kvasir": DataSetInfo(
         domain="medical",
-        folders=("Colon/Kvasir",),
+        folders=("Colon/Kvasir", "Kvasir-SEG", "Colon/Kvasir-SEG"),
         classes={
             "Kvasir": "colon endoscopy image",
         },

@@ -204,8 +204,10 @@ class MaskPixels(NamedTuple):
 def read_mask_pixels(path: Path) -> MaskPixels:
     """The pixels of a mask: what is not black is defect (transparent pixels are black), where it is not `is_lossy`.
 
-    Raises ValueError if the file is unreadable.
+    Of a folder the masks in it count together. Raises ValueError if a file is unreadable.
     """
+    if path.is_dir():
+        return _together(path, [read_mask_pixels(file) for file in sorted(path.iterdir()) if file.is_file()])
     with _opened(path, "a mask") as image:
         mask = _turned(image)
         # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
@@ -216,6 +218,12 @@ def read_mask_pixels(path: Path) -> MaskPixels:
     # A JPEG file of few or dark labels would be no mask; of a tiny defect it may not tell by its values.
     cut = values.max() >= DARK if compressed else not labels and is_lossy(values)
     return MaskPixels(values > values.max() / 2, True) if cut else MaskPixels(values > 0, False)
+
+
+def _together(folder: Path, masks: list[MaskPixels]) -> MaskPixels:
+    if len({mask.defect.shape for mask in masks}) != 1:
+        raise ValueError(f"{folder}: not readable as a mask (expected masks of one size in it, found {len(masks)}).")
+    return MaskPixels(np.logical_or.reduce([mask.defect for mask in masks]), any(mask.cut for mask in masks))
 
 
 def is_lossy(values: np.ndarray) -> bool:
@@ -276,6 +284,8 @@ def _check_shapes(path: Path, image: tuple[int, int], mask: tuple[int, int]) -> 
 
 def size_on_disk(path: Path) -> tuple[int, int]:
     """Width and height in pixels that `read_image` gives, from the header alone. Raises ValueError if unreadable."""
+    if path.is_dir():  # of masks of one size
+        path = min(path.iterdir())
     with _opened(path, "an image") as image:
         return image.size if _orientation(image) < 5 else (image.height, image.width)
 

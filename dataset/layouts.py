@@ -76,12 +76,23 @@ def anomalous_records(root: Path, folder: Path, masks: Path | None, class_name: 
         yield Record(image.relative_to(root).as_posix(), 1, class_name, mask)
 
 
+def masks_beside(images: list[Path]) -> dict[Path, Path]:
+    """{image: its mask among the same files}, called as the image with _gt, _mask or the like behind."""
+    there = {image.stem.casefold(): image for image in images}
+    called = ((image, f"{image.stem.casefold()}{end}") for image in images for end in MASK_ENDINGS[1:])
+    return {image: there[name] for image, name in called if name in there}
+
+
 def find_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
     """{image: its mask in a folder}: called as the image, with or without its suffix, or as masks are beside images.
 
     Raises ValueError where two images have one mask.
     """
     there = {mask.stem.casefold(): mask for mask in reversed(images_in(folder))}
+    if folder.is_dir():  # several masks of an image in a folder that is called as it is, as in MVTec LOCO
+        there |= {
+            inside.name.casefold(): inside for inside in folder.iterdir() if inside.is_dir() and images_in(inside)
+        }
     found: dict[Path, Path] = {}
     owners: dict[Path, Path] = {}
     for image in images:
@@ -147,9 +158,11 @@ def good_ungood(root: Path, classes: list[str]) -> Iterator[Record]:
 
 
 def images_masks(root: Path, classes: list[str]) -> Iterator[Record]:
-    """Polyps: images and masks, all anomalous."""
+    """Polyps: images and masks, all anomalous; in CVC-ClinicDB's archive Original and Ground Truth."""
     (class_name,) = classes
-    yield from anomalous_records(root, root / "images", root / "masks", class_name)
+    for images, masks in (("images", "masks"), ("Original", "Ground Truth")):
+        if (root / images).is_dir():
+            yield from anomalous_records(root, root / images, root / masks, class_name)
 
 
 # {layout: (folder, classes) -> records}

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset.layouts import anomalous_records, is_image, normal_records
+from dataset.images import read_mask_pixels
+from dataset.layouts import anomalous_records, find_masks, images_in, is_image, masks_beside, normal_records
 from dataset.records import Record, check_class
 
 # What folders are called, in any case, with - or a space for _.
@@ -15,6 +16,7 @@ ANOMALOUS = (
     *("anomaly", "anomalies", "anomalous", "abnormal"),
 )
 TEST, TRAIN = ("test", "testing", "test_public"), ("train", "training", "validation", "val")
+PICTURES = ("rgb", "img", "image", "images")
 MASKS = ("ground_truth", "groundtruth", "gt", "mask", "masks", "label", "labels", "annotations")
 TREES = """
     {0}/full-shot.jsonl    lines {{"image_path", "label", "class_name", "mask_path"}}
@@ -60,17 +62,45 @@ def _product_records(root: Path, folder: Path, class_name: str) -> Iterator[Reco
     masks = _called(folder, MASKS) or (_called(test, MASKS) if test else None)
     for kind in kinds:
         if _word(kind) in NORMAL:
-            yield from normal_records(root, kind, class_name)
+            yield from normal_records(root, _pictures(kind), class_name)
     for kind in kinds:
         # In a test split all others are defects; beside good images may lie anything.
         if _word(kind) in ANOMALOUS or (test and _word(kind) not in NORMAL):
-            yield from anomalous_records(root, kind, _masks_of(kind, masks), class_name)
+            yield from anomalous_records(root, _pictures(kind), _masks_of(kind, masks), class_name)
+    if test:
+        yield from _flat_records(root, test, masks, class_name)
+
+
+def _flat_records(root: Path, folder: Path, masks: Path | None, class_name: str) -> Iterator[Record]:
+    """Images of a test split that lie in no folder of a kind; those with a defect in their mask are anomalous.
+
+    Masks lie in a folder of their own, as in DAGM, or beside the images, as in KolektorSDD2 (7.png, 7_GT.png).
+    """
+    images = images_in(folder)
+    if masks is None:
+        found = masks_beside(images)
+        images = [image for image in images if image not in found.values()]
+        if not found and images:
+            return  # nothing tells which are good
+    else:
+        found = find_masks(images, masks)
+    for image in images:
+        name, mask = image.relative_to(root).as_posix(), found.get(image)
+        if mask is not None and read_mask_pixels(mask).defect.any():
+            yield Record(name, 1, class_name, mask.relative_to(root).as_posix())
+        else:
+            yield Record(name, 0, class_name)
+
+
+def _pictures(kind: Path) -> Path:
+    """Where the images of a kind lie: in its folder, or in one in it, as in MVTec 3D-AD, which has depths as well."""
+    return kind if images_in(kind) else _called(kind, PICTURES) or kind
 
 
 def _masks_of(kind: Path, masks: Path | None) -> Path | None:
-    """Where the masks of a kind of defect lie: in a folder called as it is, or all in one."""
-    if masks is None:
-        return None
+    """Where the masks of a kind of defect lie: within it, in a folder called as it is, or all in one."""
+    if (own := _called(kind, MASKS)) or masks is None:
+        return own
     if not _folders(masks):
         return masks
     return _called(masks, (_word(kind),)) or masks / kind.name
@@ -79,12 +109,16 @@ def _masks_of(kind: Path, masks: Path | None) -> Path | None:
 def unread(root: Path, records: list[Record]) -> dict[str, int]:
     """{folder: its images that no record names}, but for those of train splits."""
     known = {path for record in records for path in (record.image_path, record.mask_path) if path}
+    within = {Path(record.image_path).parent.as_posix() for record in records}
     found: Counter[str] = Counter()
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and _word(Path(name)) not in TRAIN)
         relative = Path(place).relative_to(root)
+        if relative.as_posix() in known:  # several masks of one image
+            continue
         for name in files:
-            if is_image(Path(place, name)) and (relative / name).as_posix() not in known:
+            is_mask = relative.as_posix() in within  # beside the images that are read
+            if is_image(Path(place, name)) and (relative / name).as_posix() not in known and not is_mask:
                 found[relative.as_posix()] += 1
     return dict(found)
 

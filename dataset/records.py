@@ -180,6 +180,8 @@ def check_paths(records: list[Record], folder: Path, follow_links: bool = False)
     """
     paths = [path for record in records for path in (record.image_path, record.mask_path) if path]
     missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
+    masks = {record.mask_path for record in records}  # which may be a folder of masks
+    missing = [path for path in missing if path not in masks or not os.path.isdir(os.path.join(folder, path))]
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'"

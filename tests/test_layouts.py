@@ -14,10 +14,13 @@ from dataset import check, metadata
 from dataset.commands import run_command
 from dataset.constants import DATA_SETS
 from dataset.demo import build as building
+from dataset.images import read_record
 from dataset.layouts import LAYOUTS, known_good
+from dataset.loading import cache_images
 from dataset.prepare import prepare, write_metadata
 from dataset.records import Record, write_records
 from dataset.sets import find_dataset, open_all, open_dataset, read_place
+from dataset.transforms import Transform
 from tests.conftest import listing
 
 
@@ -374,6 +377,51 @@ def test_products_in_mixed_layouts_are_all_read_or_said(tmp_path, command, caplo
     assert command(check, "parts", "--data_root", tmp_path) == 1
     printed = capsys.readouterr().out
     assert all(f"not read: parts, {line}" in printed and caplog.text.count(line) == 1 for line in said)
+
+
+def test_trees_of_other_benchmarks_are_read_as_own_images(tmp_path):
+    # MVTec LOCO: several masks of an image, in a folder of its own.
+    loco = tmp_path / "loco" / "bag"
+    pictures(loco, "train/good/0.png", "validation/good/1.png", "test/good/000.png", "test/logical_anomalies/000.png")
+    pictures(loco, *(f"ground_truth/logical_anomalies/000/00{n}.png" for n in range(2)))
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(loco / "ground_truth/logical_anomalies/000/001.png")
+    data = open_dataset("loco", tmp_path)
+    assert [(r.image_path, r.label, r.mask_path) for r in data.records] == [
+        ("bag/test/good/000.png", 0, None),
+        ("bag/test/logical_anomalies/000.png", 1, "bag/ground_truth/logical_anomalies/000"),
+    ]
+    mask = np.asarray(read_record(data.folder, data.records[1])[1]) > 0
+    expected = np.eye(8, dtype=bool)
+    expected[2:5, 2:5] = True
+    assert np.array_equal(mask, expected)
+    assert cache_images(data.folder, data.records, Transform(8)) is not None
+    # MVTec AD 2: masks in the public test split; others have none.
+    pictures(tmp_path / "ad2", "can/test_public/good/0_regular.png", "can/test_public/bad/1_regular.png")
+    pictures(tmp_path / "ad2", "can/test_public/ground_truth/bad/1_regular_mask.png", "can/train/good/2.png")
+    # MVTec 3D-AD: photographs, depths and masks of a kind in folders of its own.
+    for kind in ("good", "crack"):
+        pictures(tmp_path / "3d", *(f"bagel/test/{kind}/{part}/000.png" for part in ("rgb", "masks")))
+    # DAGM: masks of the anomalous images in a folder.
+    pictures(tmp_path / "dagm", "Class1/Test/1.PNG", "Class1/Test/2.PNG", "Class1/Test/Label/2_label.PNG")
+    # KolektorSDD2: masks beside all images, most of them empty.
+    pictures(tmp_path / "ksdd2", "test/1.png", "test/2.png", "test/ground_truth.png")
+    (tmp_path / "ksdd2" / "test" / "ground_truth.png").rename(tmp_path / "ksdd2" / "test" / "2_GT.png")
+    Image.new("L", (8, 8)).save(tmp_path / "ksdd2" / "test" / "1_GT.png")
+    expected_records = {
+        "ad2": [
+            ("can/test_public/good/0_regular.png", 0, None),
+            ("can/test_public/bad/1_regular.png", 1, "can/test_public/ground_truth/bad/1_regular_mask.png"),
+        ],
+        "3d": [
+            ("bagel/test/good/rgb/000.png", 0, None),
+            ("bagel/test/crack/rgb/000.png", 1, "bagel/test/crack/masks/000.png"),
+        ],
+        "dagm": [("Class1/Test/1.PNG", 0, None), ("Class1/Test/2.PNG", 1, "Class1/Test/Label/2_label.PNG")],
+        "ksdd2": [("test/1.png", 0, None), ("test/2.png", 1, "test/2_GT.png")],
+    }
+    for name, records in expected_records.items():
+        found = [(r.image_path, r.label, r.mask_path) for r in open_dataset(name, tmp_path).records]
+        assert found == records, name
 
 
 @pytest.mark.parametrize("masks", ["ground_truth", "Ground_Truth", "GroundTruth", "masks", "Masks", "gt", "label"])
