@@ -7,8 +7,9 @@ by their suffix, and hidden ones, are passed over.
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from dataset.records import Record, check_entry, leaves_folder
+from dataset.records import Record, check_entry, leaves_folder, read_json
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
@@ -165,12 +166,46 @@ def images_masks(root: Path, classes: list[str]) -> Iterator[Record]:
             yield from anomalous_records(root, root / images, root / masks, class_name)
 
 
+def real_iad(root: Path, classes: list[str]) -> Iterator[Record]:
+    """Real-IAD: the test splits of realiad_jsons/<class>.json, their images in the largest size that is there.
+
+    Raises ValueError for a table of another form.
+    """
+    tables = next(
+        (place for place in (root / "realiad_jsons" / "realiad_jsons", root / "realiad_jsons") if place.is_dir()), root
+    )
+    for class_name in classes:
+        table = tables / f"{class_name}.json"
+        if not table.is_file():
+            continue
+        places = [root / f"realiad_{size}" / class_name for size in ("raw", "1024", "512", "256")]
+        images = next((place for place in places if place.is_dir()), root / class_name).relative_to(root).as_posix()
+        content = read_json(table)
+        if not isinstance(content, dict) or not isinstance(content.get("test"), list):
+            raise ValueError(f"{table}: expected an object with 'test', an array of images.")
+        for number, row in enumerate(content["test"], start=1):
+            where = f"{table}, entry {number}"
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(key), str) for key in ("image_path", "anomaly_class")
+            ):
+                raise ValueError(f"{where}: expected an object with image_path and anomaly_class.")
+            label, mask = int(row["anomaly_class"] != "OK"), row.get("mask_path")
+            entry: dict[str, Any] = {
+                "image_path": f"{images}/{row['image_path']}",
+                "label": label,
+                "class_name": class_name,
+            }
+            entry = check_entry(entry | {"mask_path": f"{images}/{mask}" if label and mask else None}, where)
+            yield Record(**entry)
+
+
 # {layout: (folder, classes) -> records}
 LAYOUTS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
     "mvtec": mvtec,
     "visa": visa,
     "good_ungood": good_ungood,
     "images_masks": images_masks,
+    "real_iad": real_iad,
 }
 
 

@@ -73,7 +73,7 @@ def read_entries(metadata: Path) -> Iterator[dict]:
 
 
 def _read_whole(metadata: Path) -> Iterator[dict]:
-    content = _parsed(_decoded(metadata.read_bytes(), str(metadata)), f"{metadata}, line 1")
+    content = read_json(metadata)
     if isinstance(content, dict):
         splits = content.get("test")
         if not isinstance(splits, dict) or not all(isinstance(entries, list) for entries in splits.values()):
@@ -84,6 +84,11 @@ def _read_whole(metadata: Path) -> Iterator[dict]:
     for number, entry in enumerate(content, start=1):
         where = f"{metadata}, entry {number}"
         yield check_entry(entry, where)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises ValueError where it is none."""
+    return _parsed(_decoded(path.read_bytes(), str(path)), f"{path}, line 1")
 
 
 def _of_anomalyclip(entry: Any) -> Any:

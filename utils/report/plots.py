@@ -1,6 +1,7 @@
 """Drawing: images with the maps of several models, and what cross-attentions look at."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
         text.set_text(printable(text.get_text()).expandtabs(1))  # control characters have no shape
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font lacks is drawn with boxes
         figure.savefig(file, dpi=110, format="png")
 
 
