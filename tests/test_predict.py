@@ -1,7 +1,10 @@
 """predict.py and its Python interface: own images without a data set."""
 
 import csv
+import errno
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import predict as module
 from dataset.images import read_image
 from predict import Detector, find_images
 
@@ -53,6 +57,40 @@ def test_files_in_folders_that_are_not_read_are_said(images, caplog):
     assert len(find_images([str(images)], Path("predictions"))) == 3
     assert "3 files in folders are no images by their names, or lead nowhere" in caplog.text
     assert "c.heic" in caplog.text and "d.png" in caplog.text and "hidden" not in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text, or longer than some systems allow")
+def test_names_of_any_kind_have_results(scripts, run, tmp_path, capsys):
+    folder = tmp_path / "desk"
+    deep = folder.joinpath(*["drawer of many old things " + "x" * 60] * 12)
+    deep.mkdir(parents=True)
+    names = [
+        folder / ("n" * 250 + ".png"),
+        folder / "new\nline.png",
+        folder / os.fsdecode(b"\xb5\xc4.png"),
+        deep / "a.png",
+    ]
+    for path in names:
+        Image.new("RGB", (20, 20)).save(path)
+    for _ in range(2):
+        out = folder / "out"
+        assert predict(scripts, "--ckpt", run / "loop_1.pth", "--images", folder, "--save_path", out) == 0
+        assert len(list(out.glob("*.png"))) == len(list(out.glob("*.npy"))) == 4
+        assert "\\udcb5" in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_of_one_image_stops_no_other(scripts, run, images, tmp_path, monkeypatch, capsys):
+    original = module.replacing
+
+    def refused(path):
+        if path.name.startswith("a_"):
+            raise OSError(errno.EIO, "broken sector", str(path))
+        return original(path)
+
+    monkeypatch.setattr(module, "replacing", refused)
+    assert predict(scripts, "--ckpt", run / "loop_1.pth", "--images", images, "--save_path", tmp_path / "out") == 1
+    assert "1 of 3 images could not be judged" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 2
 
 
 def test_a_model_that_is_named_twice_judges_once(scripts, run, images, tmp_path):

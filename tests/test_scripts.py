@@ -133,6 +133,18 @@ def test_a_file_of_arguments_is_used_from_anywhere(scripts, base, tmp_path, monk
     assert "0.25" in out and f"Files in {Path('bases/new')}" in out
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="paths of that length")
+def test_a_data_set_with_a_long_name_has_results(scripts, run, tmp_path, monkeypatch):
+    folder = write_small_dataset(tmp_path / ("n" * 240), per_kind=1)
+    command = ["test", "--ckpt", run / "loop_1.pth", "--device", "cpu", "--resamples", 5, "--pictures", 1, "--report"]
+    assert scripts(*command, "--dataset", folder, "--save_path", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").rglob("*.csv"))) == 4
+    monkeypatch.chdir(folder)  # the folder that one is in is a path
+    assert scripts(*command, "--dataset", ".", "--save_path", tmp_path / "again") == 0
+    names = [{path.name for path in (tmp_path / out).rglob("*")} for out in ("out", "again")]
+    assert names[0] == names[1]
+
+
 def test_contact_sheets(scripts, run, other_root):
     command = ["test", "--ckpt", run / "loop_2.pth", "--dataset", "other", "--device", "cpu"]
     assert scripts(*command, "--pictures", 2, data_root=other_root) == 0

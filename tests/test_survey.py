@@ -1,6 +1,7 @@
 """What is found by reading all files of a data set first: bit depths, broken files, pages, sizes of masks."""
 
 import csv
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -219,3 +220,33 @@ def test_a_detector_takes_pixels(base, data_root):
 def test_records_keep_their_depth_beside_their_lists(root):
     record = open_dataset("small", root).records[0]
     assert replace(record, bits=12) == record and "bits" not in repr(replace(record, bits=12))
+
+
+def test_testing_and_predicting_agree_on_each_format(scripts, root, base, tmp_path):
+    images = sorted((root / "small" / "candle").glob("0_?.png"))
+    (tmp_path / "kinds").mkdir()
+    turned = Image.Exif()
+    turned[274] = 6
+    kinds = {
+        **{suffix: {} for suffix in ("bmp", "gif", "jp2", "jpg", "pgm", "ppm", "tif", "webp", "jfif")},
+        "png": {"exif": turned},
+    }
+    lines = []
+    for number, (suffix, options) in enumerate(kinds.items()):
+        image = Image.open(images[number % len(images)]).convert("L" if suffix == "pgm" else "RGB")
+        kind = "JPEG" if suffix == "jfif" else None
+        image.save(tmp_path / "kinds" / f"{number}.{suffix}", kind, **options)
+        lines.append({"image_path": f"{number}.{suffix}", "label": number % 2, "class_name": "candle"})
+    (tmp_path / "kinds" / "full-shot.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    command = ["--ckpt", base, "--device", "cpu", "--save_path"]
+    test = ["test", *command, tmp_path / "tested", "--dataset", tmp_path / "kinds", "--class_name", "candle"]
+    assert scripts(*test, "--resamples", 5) == 0
+    predict = ["predict", *command, tmp_path / "predicted", "--images", tmp_path / "kinds", "--class_name", "candle"]
+    assert scripts(*predict) == 0
+    (path,) = (tmp_path / "tested").rglob("*_images.csv")
+    tested = {row["image"]: float(row["single_score"]) for row in table(path)}
+    predicted = {
+        Path(row["image"]).name: float(row["single_score"]) for row in table(tmp_path / "predicted" / "predictions.csv")
+    }
+    assert tested.keys() == predicted.keys() == {line["image_path"] for line in lines}
+    assert all(predicted[name] == pytest.approx(score, abs=1e-5) for name, score in tested.items())
