@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from tqdm import tqdm
@@ -44,6 +45,9 @@ def own_loggers() -> list[str]:
 
 def setup_logging() -> None:
     """Messages of the program to stderr; other libraries' from warnings on."""
+    # Bars are drawn by one process alone; tqdm's own lock is shared with those that it starts, and one that is killed
+    # while it holds it would stop all others.
+    tqdm.set_lock(RLock())
     logging.captureWarnings(True)
     root = logging.getLogger()
     for old in root.handlers[:]:
