@@ -20,7 +20,7 @@ class DataSetInfo:
     """`folders`: accepted names under the data root, besides the data set's own.
 
     `classes`: {class: its name in the prompts}, in the published order. `layout`: how the official download lies on
-    disk, a name of `dataset.layouts.LAYOUTS`. `counts`: {class: (normal, anomalous) images} of AA-CLIP's split of it.
+    disk, a name of `dataset.layouts.LAYOUTS`, or "own" (`dataset.own`). `counts`: {class: (normal, anomalous) images} of AA-CLIP's split of it.
     `reported`: {metric: percent} that AA-CLIP's authors report for their base trained on VisA (epoch 15 of 20).
     """
 
@@ -212,6 +212,110 @@ DATA_SETS = {
         layout="mvtec",
         counts={"01": (21, 49), "02": (30, 200), "03": (400, 41)},
         reported=_reported(97.01, 52.80, 94.32, 96.74),
+    ),
+    "MVTec-LOCO": DataSetInfo(
+        domain="industrial",
+        folders=("mvtec_loco_anomaly_detection", "mvtec_loco"),
+        classes={
+            "breakfast_box": "breakfast box",
+            "juice_bottle": "juice bottle",
+            "pushpins": "pushpins",
+            "screw_bag": "screw bag",
+            "splicing_connectors": "splicing connectors",
+        },
+        layout="mvtec",
+        counts={
+            "breakfast_box": (102, 173),
+            "juice_bottle": (94, 236),
+            "pushpins": (138, 172),
+            "screw_bag": (122, 219),
+            "splicing_connectors": (119, 193),
+        },
+    ),
+    "MVTec-3D": DataSetInfo(
+        domain="industrial",
+        folders=("mvtec_3d_anomaly_detection", "mvtec_3d", "MVTec-3D-AD"),
+        classes={
+            "bagel": "bagel",
+            "cable_gland": "cable gland",
+            "carrot": "carrot",
+            "cookie": "cookie",
+            "dowel": "dowel",
+            "foam": "foam",
+            "peach": "peach",
+            "potato": "potato",
+            "rope": "rope",
+            "tire": "tire",
+        },
+        layout="own",
+        counts={
+            "bagel": (22, 88),
+            "cable_gland": (21, 87),
+            "carrot": (27, 132),
+            "cookie": (28, 103),
+            "dowel": (26, 104),
+            "foam": (20, 80),
+            "peach": (26, 106),
+            "potato": (22, 92),
+            "rope": (32, 69),
+            "tire": (25, 87),
+        },
+    ),
+    "MVTec-AD-2": DataSetInfo(
+        domain="industrial",
+        folders=("mvtec_ad_2",),
+        classes={
+            "can": "can",
+            "fabric": "fabric",
+            "fruit_jelly": "fruit jelly",
+            "rice": "rice",
+            "sheet_metal": "sheet metal",
+            "vial": "vial",
+            "wallplugs": "wallplugs",
+            "walnuts": "walnuts",
+        },
+        layout="own",
+    ),
+    "KSDD2": DataSetInfo(
+        domain="industrial",
+        folders=("KolektorSDD2",),
+        classes={
+            "KSDD2": "metal surface",
+        },
+        layout="own",
+        counts={
+            "KSDD2": (894, 110),
+        },
+    ),
+    "DAGM": DataSetInfo(
+        domain="industrial",
+        folders=("DAGM_KaggleUpload", "DAGM2007"),
+        classes={
+            "Class1": "textured surface",
+            "Class2": "textured surface",
+            "Class3": "textured surface",
+            "Class4": "textured surface",
+            "Class5": "textured surface",
+            "Class6": "textured surface",
+            "Class7": "textured surface",
+            "Class8": "textured surface",
+            "Class9": "textured surface",
+            "Class10": "textured surface",
+        },
+        layout="own",
+    ),
+    "GoodsAD": DataSetInfo(
+        domain="industrial",
+        folders=(),
+        classes={
+            "cigarette_box": "cigarette box",
+            "drink_bottle": "drink bottle",
+            "drink_can": "drink can",
+            "food_bottle": "food bottle",
+            "food_box": "food box",
+            "food_package": "food package",
+        },
+        layout="mvtec",
     ),
     "Real-IAD": DataSetInfo(
         domain="industrial",

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dataset.constants import BLUR, DATA_SETS, describe_class
+from dataset.constants import BLUR, DATA_SETS, DataSetInfo, describe_class
 from dataset.demo.build import DEMO_SETS, check_version
 from dataset.layouts import LAYOUTS
 from dataset.own import MASKS, NORMAL, own_records, products, unread
@@ -24,8 +24,8 @@ METADATA = Path(__file__).parent / "metadata"
 FULL = "full-shot.jsonl"
 # Endings of lists of images.
 LISTS = (".jsonl", ".json")
-# Official layouts that have a folder for each product, and nothing beside them.
-TREES_OF_PRODUCTS = ("mvtec", "visa")
+# The layout of sets that lie as own images may, see `dataset.own`.
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,26 @@ def _own_products(source: str, folder: Path) -> list[str]:
     if info is None or info.layout is None:
         return []
     found = [product.name for product in products(folder) if product == folder or product.name not in info.classes]
-    if found and info.layout not in TREES_OF_PRODUCTS and any(LAYOUTS[info.layout](folder, list(info.classes))):
+    if found and not has_product_folders(info) and any(official_records(info, folder)):
         return []  # which lies as it should, in folders that a product might have
     return found
+
+
+def has_product_folders(info: DataSetInfo) -> bool:
+    """Whether a known data set has a folder for each product, and nothing beside them."""
+    return info.layout in ("mvtec", "visa") or (info.layout == OWN and len(info.classes) > 1)
+
+
+def official_records(info: DataSetInfo, folder: Path) -> list[Record]:
+    """What the folder of a known data set holds of it, by its official layout."""
+    if info.layout is None:
+        return []
+    if info.layout != OWN:
+        return list(LAYOUTS[info.layout](folder, list(info.classes)))
+    found = own_records(folder)
+    if len(info.classes) == 1:
+        return named(found, next(iter(info.classes)))
+    return [record for record in found if record.class_name in info.classes]
 
 
 def _place_of_list(name: str, data_root: Path) -> Place:
@@ -342,7 +359,7 @@ def list_folder(place: Place) -> list[Record]:
     if place.source not in DATA_SETS:
         return own_records(place.folder)
     info = DATA_SETS[place.source]
-    records = list(LAYOUTS[info.layout](place.folder, list(info.classes))) if info.layout else []
+    records = official_records(info, place.folder)
     if not records:
         raise FileNotFoundError(
             f"Data set {place.source}: found {place.folder}, but neither {FULL} nor images in the official layout "
