@@ -322,7 +322,7 @@ def test_a_part_is_not_called_as_another_folder(root, monkeypatch):
 
 def test_a_file_that_is_no_list_is_refused(root):
     (root / "small" / "full-shot.jsonl").rename(root / "small" / "full-shot.txt")
-    with pytest.raises(ValueError, match=r"expected a folder or a .jsonl file, found a file of another kind"):
+    with pytest.raises(ValueError, match=r"expected a folder or a list .*, found a file of another kind"):
         open_dataset(str(root / "small" / "full-shot.txt"), "nowhere")
 
 

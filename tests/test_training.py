@@ -16,6 +16,7 @@ from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
 from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors, write_small_dataset
 from utils import checkpoints
+from utils.machine import Machine
 from utils.settings import Settings
 from utils.training.data import load_training_data
 from utils.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
@@ -25,6 +26,11 @@ from utils.training.trainer import Trainer
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
 EXTEND = ["--dataset", "small", "--device", "cpu", *EPOCHS]
 HELD_OUT = ["train_cross_attention", *EXTEND, "--loops", "2", "--val_fraction", "0.2"]
+
+
+def at(data_root: Path) -> Machine:
+    """A machine without a GPU that has its data there."""
+    return Machine("cpu", None, data_root, num_workers=0)
 
 
 def settings(**changes) -> Settings:
@@ -44,7 +50,7 @@ def make_trainer(backbone, data_root, folder, loops=1, config=BOTH, kind=Trainer
     model = make_model(backbone, seed=chosen.seed, **config)
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(model.config, chosen, plan_stages(chosen, range(1, loops + 1)), folder, [])
-    return kind(model, load_training_data(chosen, data_root, 64), plan)
+    return kind(model, load_training_data(chosen, at(data_root), 64), plan)
 
 
 def train(trainer: Trainer) -> list:
@@ -368,7 +374,7 @@ def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, cap
 
 def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
     folder = data_root / "small"
-    records = load_training_data(settings(), data_root, 64).train
+    records = load_training_data(settings(), at(data_root), 64).train
     dataset = AnomalyDataset(folder, records, Transform(64, "image"))
 
     def epoch(workers: int, number: int, skip: int = 0) -> torch.Tensor:
@@ -386,7 +392,7 @@ def test_order_and_augmentation_depend_on_the_seed_alone(data_root):
 def test_maskless_images_skip_the_segmentation_loss(backbone, data_root):
     model = make_model(backbone)
     bank = PromptBank(backbone, {"candle": "candle"}, "industrial")
-    records = load_training_data(settings(), data_root, 64).train[:4]
+    records = load_training_data(settings(), at(data_root), 64).train[:4]
     dataset = AnomalyDataset(data_root / "small", records, Transform(64))
     batch = next(iter(make_loader(dataset, 4, 0)))
     with torch.no_grad():

@@ -546,7 +546,7 @@ def test_a_small_file_of_a_huge_image_is_refused(tmp_path, size):
 def test_large_images_are_decoded_one_after_the_other(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     monkeypatch.setattr("dataset.images.LARGE", 63)
-    monkeypatch.setattr("dataset.images.as_rgb", lambda image: one_large.locked())
+    monkeypatch.setattr("dataset.images.as_rgb", lambda image, bits: one_large.locked())
     assert read_image(tmp_path / "x.png") is True and not one_large.locked()
 
 
