@@ -36,9 +36,14 @@ def _reported(pixel_auroc: float, pixel_ap: float, image_auroc: float, image_ap:
     return {"pixel_auroc": pixel_auroc, "pixel_ap": pixel_ap, "image_auroc": image_auroc, "image_ap": image_ap}
 
 
+def _plain(*classes: str) -> dict[str, str]:
+    """Classes that are called as they are, underscores as spaces."""
+    return {name: name.replace("_", " ") for name in classes}
+
+
 def _rendered(*classes: str) -> DataSetInfo:
-    """A set of the demo: its classes are called as they are, underscores as spaces."""
-    return DataSetInfo("industrial", (), {name: name.replace("_", " ") for name in classes})
+    """A set of the demo."""
+    return DataSetInfo("industrial", (), _plain(*classes))
 
 
 DATA_SETS = {
@@ -216,13 +221,7 @@ DATA_SETS = {
     "MVTec-LOCO": DataSetInfo(
         domain="industrial",
         folders=("mvtec_loco_anomaly_detection", "mvtec_loco"),
-        classes={
-            "breakfast_box": "breakfast box",
-            "juice_bottle": "juice bottle",
-            "pushpins": "pushpins",
-            "screw_bag": "screw bag",
-            "splicing_connectors": "splicing connectors",
-        },
+        classes=_plain("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
         layout="mvtec",
         counts={
             "breakfast_box": (102, 173),
@@ -235,18 +234,7 @@ DATA_SETS = {
     "MVTec-3D": DataSetInfo(
         domain="industrial",
         folders=("mvtec_3d_anomaly_detection", "mvtec_3d", "MVTec-3D-AD"),
-        classes={
-            "bagel": "bagel",
-            "cable_gland": "cable gland",
-            "carrot": "carrot",
-            "cookie": "cookie",
-            "dowel": "dowel",
-            "foam": "foam",
-            "peach": "peach",
-            "potato": "potato",
-            "rope": "rope",
-            "tire": "tire",
-        },
+        classes=_plain("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire"),
         layout="own",
         counts={
             "bagel": (22, 88),
@@ -264,16 +252,7 @@ DATA_SETS = {
     "MVTec-AD-2": DataSetInfo(
         domain="industrial",
         folders=("mvtec_ad_2",),
-        classes={
-            "can": "can",
-            "fabric": "fabric",
-            "fruit_jelly": "fruit jelly",
-            "rice": "rice",
-            "sheet_metal": "sheet metal",
-            "vial": "vial",
-            "wallplugs": "wallplugs",
-            "walnuts": "walnuts",
-        },
+        classes=_plain("can", "fabric", "fruit_jelly", "rice", "sheet_metal", "vial", "wallplugs", "walnuts"),
         layout="own",
     ),
     "KSDD2": DataSetInfo(
@@ -290,68 +269,50 @@ DATA_SETS = {
     "DAGM": DataSetInfo(
         domain="industrial",
         folders=("DAGM_KaggleUpload", "DAGM2007"),
-        classes={
-            "Class1": "textured surface",
-            "Class2": "textured surface",
-            "Class3": "textured surface",
-            "Class4": "textured surface",
-            "Class5": "textured surface",
-            "Class6": "textured surface",
-            "Class7": "textured surface",
-            "Class8": "textured surface",
-            "Class9": "textured surface",
-            "Class10": "textured surface",
-        },
+        classes={f"Class{number}": "textured surface" for number in range(1, 11)},
         layout="own",
     ),
     "GoodsAD": DataSetInfo(
         domain="industrial",
         folders=(),
-        classes={
-            "cigarette_box": "cigarette box",
-            "drink_bottle": "drink bottle",
-            "drink_can": "drink can",
-            "food_bottle": "food bottle",
-            "food_box": "food box",
-            "food_package": "food package",
-        },
+        classes=_plain("cigarette_box", "drink_bottle", "drink_can", "food_bottle", "food_box", "food_package"),
         layout="mvtec",
     ),
     "Real-IAD": DataSetInfo(
         domain="industrial",
         folders=("realiad", "Real_IAD"),
-        classes={
-            "audiojack": "audiojack",
-            "button_battery": "button battery",
-            "capacitor": "capacitor",
-            "connector": "connector",
-            "diode": "diode",
-            "end_cap": "end cap",
-            "fuse": "fuse",
-            "ic": "ic",
-            "inductor": "inductor",
-            "led": "led",
-            "pcb_finger": "pcb finger",
-            "plastic_nut": "plastic nut",
-            "potentiometer": "potentiometer",
-            "relay": "relay",
-            "resistor": "resistor",
-            "rivet": "rivet",
-            "rubber_grommet": "rubber grommet",
-            "screw": "screw",
-            "spring": "spring",
-            "switch": "switch",
-            "terminal_block": "terminal block",
-            "through_hole": "through hole",
-            "toggle_switch": "toggle switch",
-            "toy_brick": "toy brick",
-            "transistor": "transistor",
-            "washer": "washer",
-            "woodstick": "woodstick",
-            "zipper": "zipper",
-            "toothbrush": "toothbrush",
-            "usb_adaptor": "usb adaptor",
-        },
+        classes=_plain(
+            "audiojack",
+            "button_battery",
+            "capacitor",
+            "connector",
+            "diode",
+            "end_cap",
+            "fuse",
+            "ic",
+            "inductor",
+            "led",
+            "pcb_finger",
+            "plastic_nut",
+            "potentiometer",
+            "relay",
+            "resistor",
+            "rivet",
+            "rubber_grommet",
+            "screw",
+            "spring",
+            "switch",
+            "terminal_block",
+            "through_hole",
+            "toggle_switch",
+            "toy_brick",
+            "transistor",
+            "washer",
+            "woodstick",
+            "zipper",
+            "toothbrush",
+            "usb_adaptor",
+        ),
         layout="real_iad",
     ),
     "demo_train": _rendered(

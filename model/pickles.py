@@ -70,7 +70,7 @@ def read_archive(path: Path) -> object:
     PyTorch raise for damaged ones.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError(what_else(path))
+        raise ValueError(not_weights(path) or _no_archive(path))
     with zipfile.ZipFile(path) as opened:
         archive = Archive(opened, path.stat().st_size)
         content = Reading(archive).follow(archive.read("data.pkl"))
@@ -80,24 +80,33 @@ def read_archive(path: Path) -> object:
     return content
 
 
-def what_else(path: Path) -> str:
-    """What is said of a file that is not what it should be, by how it begins."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if start[8:9] == b"{":
-        return "a file of safetensors, which of CLIP alone is read, where it is called so"
-    start = start.lstrip()
+def not_weights(path: Path) -> str | None:
+    """What is said of a file that came in the place of one with weights, by how it begins; None where it may be one."""
+    start = _start(path).lstrip()
     if not start:
         return "the file is empty"
-    if start.startswith(b"PK"):
-        return "truncated: the end of the archive is missing; copy or download it again"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the file it stands for; fetch that with: git lfs pull"
     if start.startswith(b"<"):
         return "a web page, not what was to be downloaded; download the file itself"
+    return None
+
+
+def _no_archive(path: Path) -> str:
+    """What is said of a file that is no archive."""
+    start = _start(path)
+    if start[8:9] == b"{":
+        return "a file of safetensors, which of CLIP alone is read, where it is called so"
+    if start.startswith(b"PK"):
+        return "truncated: the end of the archive is missing; copy or download it again"
     if start.startswith(b"\x80"):
         return "no archive of torch.save but a pickle, as PyTorch before 1.6 wrote; load it there and save it anew"
     return "no archive of torch.save"
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64)
 
 
 class Archive:
@@ -109,21 +118,18 @@ class Archive:
         if len(folders) != 1 or "/" in folders[0][:-1]:
             raise ValueError("no archive of torch.save: expected one data.pkl in one folder")
         self.folder = folders[0]
-        self.entries = {
-            name.removeprefix(self.folder): entry
-            for name, entry in ((entry.filename, entry) for entry in opened.infolist())
-            if name.startswith(self.folder)
-        }
+        inside = [entry for entry in opened.infolist() if entry.filename.startswith(self.folder)]
+        self.entries = {entry.filename.removeprefix(self.folder): entry for entry in inside}
         self.is_scripted = any(name.startswith("code/") for name in self.entries)
-        self._check_entries()
+        self._check_entries(inside)
         if "byteorder" in self.entries and self.read("byteorder") != b"little":
             raise ValueError("written on a machine with another order of bytes; save it on this one")
         self._storages: dict[str, Tensor] = {}
 
-    def _check_entries(self) -> None:
+    def _check_entries(self, inside: list[zipfile.ZipInfo]) -> None:
         """Raise ValueError where what is read is packed, there twice, or larger than the file."""
-        own = [entry for entry in self.zip.infolist() if entry.filename.startswith(self.folder)]
-        read = [e for e in own if e.filename.removeprefix(self.folder).startswith(("data.pkl", "byteorder", "data/"))]
+        names = tuple(self.folder + name for name in ("data.pkl", "byteorder", "data/"))
+        read = [entry for entry in inside if entry.filename.startswith(names)]
         if len({entry.filename for entry in read}) < len(read):
             raise ValueError("two of its entries have one name")
         if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in read):

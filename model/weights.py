@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from torch import Tensor
 
-from model.pickles import read_archive, what_else
+from model.pickles import not_weights, read_archive
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,8 @@ def _downloaded(source: dict, addresses: list[str]) -> Path:
         pass  # somebody answered
     except OSError as error:
         if source.get("hf_hub"):
-            repository, _, name = source["hf_hub"].rpartition("/")
             try:
-                return Path(hf_hub_download(repository, name or HF_SAFE_WEIGHTS_NAME, local_files_only=True))
+                return Path(hf_hub_download(*_hub_file(source), local_files_only=True))
             except Exception as missing:  # the hub's own kinds
                 raise ConnectionError(f"no network: {getattr(error, 'reason', error)}") from missing
     return Path(open_clip.download_pretrained(source))
@@ -86,14 +85,19 @@ def _downloaded(source: dict, addresses: list[str]) -> Path:
 def _addresses(source: dict) -> list[str]:
     """Where the file of an entry of open_clip's pretrained list is: its own address, Hugging Face, both or neither.
 
-    Which of the two an entry has differs between versions of open_clip. `hf_hub` is "owner/name/" or, with a file,
-    "owner/name/file".
+    Which of the two an entry has differs between versions of open_clip.
     """
     addresses = [source["url"]] if source.get("url") else []
     if source.get("hf_hub"):
-        repository, _, name = source["hf_hub"].rpartition("/")
-        addresses.append(f"https://huggingface.co/{repository}/resolve/main/{name or HF_SAFE_WEIGHTS_NAME}")
+        repository, name = _hub_file(source)
+        addresses.append(f"https://huggingface.co/{repository}/resolve/main/{name}")
     return addresses
+
+
+def _hub_file(source: dict) -> tuple[str, str]:
+    """Repository and file of an entry at Hugging Face, whose `hf_hub` is "owner/name/" or "owner/name/file"."""
+    repository, _, name = source["hf_hub"].rpartition("/")
+    return repository, name or HF_SAFE_WEIGHTS_NAME
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -110,10 +114,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             try:
                 content: object = load_file(path)
             except SafetensorError as error:
-                other = what_else(path)
-                raise ValueError(
-                    other if "web" in other or "Git" in other or "empty" in other else str(error)
-                ) from error
+                raise ValueError(not_weights(path) or str(error)) from error
         else:
             content = read_archive(path)
     except Exception as error:  # of unpickling, zip files and safetensors, which share no base class
