@@ -25,9 +25,9 @@ import numpy as np
 from dataset.commands import name_argument, path_argument, show
 from dataset.constants import BLUR
 from dataset.files import check_place, replacing
-from dataset.images import bits_for, brightest, pages, read_image, take_pixels
-from dataset.layouts import IMAGE_SUFFIXES, known_good
-from dataset.survey import named_few
+from dataset.images import bits_for, pages, read_image, take_pixels
+from dataset.layouts import IMAGE_SUFFIXES, is_image, known_good
+from dataset.survey import found_brightest, named_few
 from dataset.words import on_one_line
 from utils import arguments
 from utils.checkpoints import check_there
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what the images show, in words CLIP knows",
     )
     parser.add_argument("--domain", choices=tuple(BLUR), default=next(iter(BLUR)), help="of the images")
-    parser.add_argument("--bits", type=at_least(8, 16), default=16, help=arguments.BITS["help"])
+    parser.add_argument("--bits", type=at_least(8, 16), default=16, help=arguments.FEWER_BITS)
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument("--save_path", type=path_argument, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
@@ -115,7 +115,9 @@ def find_images(given: list[str], results: Path) -> dict[Path, str]:
             passed_over += others
         else:
             inside = map(Path, glob.glob(text, recursive=True))
-            files = sorted(file for file in inside if is_image(file) and own not in file.resolve().parents)
+            files = sorted(
+                file for file in inside if is_image(file) and file.is_file() and own not in file.resolve().parents
+            )
         if not files:
             raise FileNotFoundError(
                 f"--images {text}: no image there. Files, folders and patterns are understood; of folders and patterns "
@@ -129,11 +131,6 @@ def find_images(given: list[str], results: Path) -> dict[Path, str]:
         names = shorten(", ".join(map(str, passed_over)), 200, placeholder=" ...")
         logger.warning("%d files in folders are no images by their names, or lead nowhere: %s", len(passed_over), names)
     return found
-
-
-def is_image(file: Path) -> bool:
-    """Whether a file is called as an image, and not hidden, as what systems write beside photographs is."""
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def images_below(folder: Path, left_out: Path) -> tuple[list[Path], list[Path]]:
@@ -150,7 +147,7 @@ def images_below(folder: Path, left_out: Path) -> tuple[list[Path], list[Path]]:
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in (Path(place, name) for name in files if not name.startswith(".")):
-            (found if is_image(file) else others).append(file)
+            (found if is_image(file) and file.is_file() else others).append(file)
     return sorted(found), sorted(others)
 
 
@@ -182,7 +179,7 @@ def remark(images: list[Path], bits: int) -> None:
     several = [path for path in images if pages(path) > 1]
     if several:
         logger.warning("%d files have several pages, the first of which is read: %s", len(several), named_few(several))
-    highest = max((value for path in images if (value := brightest(path)) is not None), default=None)
+    highest = found_brightest(images)
     if highest is not None and bits_for(highest) < bits:
         fewest = bits_for(highest)
         logger.warning(

@@ -10,7 +10,6 @@ everything in one HTML file. --image_idx shows one image across the base and all
 
 import argparse
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
@@ -18,7 +17,7 @@ from dataset.files import check_place
 from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
-from dataset.survey import survey, with_bits
+from dataset.survey import surveyed
 from utils import arguments
 from utils.checkpoints import check_there
 from utils.cli import run_script
@@ -112,12 +111,6 @@ def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
     return data_sets
 
 
-def surveyed(data: DataSet, bits: int | None, skip_broken: bool) -> DataSet:
-    """A data set, all files of which were read once."""
-    records = with_bits(data.folder, data.records, bits)
-    return replace(data, records=survey(data.folder, records, skip_broken))
-
-
 def normal_images_of(args: argparse.Namespace, data: DataSet) -> dict[str, list[Path]] | None:
     """{class: images} of --normal_images for a data set."""
     if args.normal_images is None:
@@ -176,12 +169,12 @@ def main() -> None:
     if args.image_idx is not None:
         classes = [class_of_image(data, args.class_name, args.image_idx) for data in data_sets]
     machine = arguments.machine_of(args)
-    if args.image_idx is None:
-        data_sets = [surveyed(data, args.bits, machine.skip_broken) for data in data_sets]
     loader = ModelLoader(machine.device, machine.clip_weights, arguments.model_flags(args))
     contenders = load_contenders(args.ckpt, args.control, loader, args.save_path)
     for contender in contenders:
         check_place(contender.folder, "--save_path" if args.save_path else "results beside --ckpt (see --save_path):")
+    if args.image_idx is None:
+        data_sets = [surveyed(data, args.bits, machine.skip_broken) for data in data_sets]
     if args.normal_images:
         check_normal_images(contender.model for contender in contenders)
     batching = Batching(args.batch_size, machine.num_workers, args.precision)

@@ -11,13 +11,12 @@ import argparse
 import logging
 import zipfile
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, result_name
-from dataset.survey import survey, with_bits
+from dataset.survey import surveyed
 from model.adapter_cross_attention import new_extension
 from utils import arguments, checkpoints
 from utils.checkpoints import Checkpoint, load_checkpoint
@@ -122,17 +121,18 @@ def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
     for name in names:
         prepare(name, machine.data_root, machine.follow_links)
     data_sets = open_all(names, machine.data_root, follow_links=machine.follow_links)
-    found = []
-    for data in data_sets:
-        records = with_bits(data.folder, data.records, None)
-        found.append(replace(data, records=survey(data.folder, records, machine.skip_broken)))
-    return found
+    return [surveyed(data, None, machine.skip_broken) for data in data_sets]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint file is there, to its end."""
+    return path.is_file() and zipfile.is_zipfile(path)
 
 
 def keep_base(trainer: Trainer, source: Checkpoint) -> None:
     """Write loop_0.pth, the base that the run is compared with, unless it is there and whole."""
     path = trainer.folder / "loop_0.pth"
-    if path.is_file() and zipfile.is_zipfile(path):
+    if is_whole(path):
         return
     if source.is_loop_file:
         checkpoints.save(checkpoints.read(source.folder / "loop_0.pth"), path)
@@ -159,7 +159,7 @@ def save_loop(trainer: Trainer, loop: int) -> Path:
 def report_lost(folder: Path, loops: Iterable[int]) -> None:
     """Say which files of finished loops are gone or damaged: the run is past them, and does not write them again."""
     for path in (folder / f"loop_{loop}.pth" for loop in dict.fromkeys(loops)):
-        if not path.is_file() or not zipfile.is_zipfile(path):
+        if not is_whole(path):
             logger.warning(
                 "%s is %s, and the run is past it. To have it again, repeat the run in another --save_path: the same "
                 "command gives the same tensors.",

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from dataset.commands import make_parser, name_argument, run_command, show
 from dataset.images import bits_for, pages, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
+from dataset.own import unread
 from dataset.records import Record, link_target, read_entries
-from dataset.sets import Place, count_differences, find_dataset, list_folder, unread_words
+from dataset.sets import Place, count_differences, find_dataset, list_folder
 from dataset.survey import cut_words, found_brightest, named_few
 
 
@@ -105,7 +106,7 @@ class Finder:
         if place.note:
             self.problems.append(f"called as another: {place.note}")
         if place.is_own:
-            self.problems += [f"not read: {place.name}, {line}" for line in unread_words(place.folder, listed)]
+            self.problems += [f"not read: {place.name}, {line}" for line in unread(place.folder, listed)]
         tested = {(place.folder / entry["image_path"]).resolve() for entry in entries}
         for path in train_images(place.folder):
             if path.resolve() not in tested:
@@ -122,7 +123,7 @@ class Finder:
             self.problems.append(f"grey masks: {place.name}, {cut_words(cut, sum(look.masks for look in looks))}")
         if several := [entry["image_path"] for entry, look in zip(entries, looks, strict=True) if look.pages > 1]:
             self.problems.append(f"several pages: {place.name}, {len(several)} images: {named_few(several)}")
-        highest = found_brightest(place.folder, listed)
+        highest = found_brightest([place.folder / record.image_path for record in listed])
         if highest is not None and (bits := bits_for(highest)) < 16:
             self.problems.append(
                 f"dark images: {place.name}, images of 16 bits have values up to {highest}: {bits} bits"

@@ -109,7 +109,7 @@ def find_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
     return found
 
 
-def product_records(root: Path, folder: Path, class_name: str, masked: bool) -> Iterator[Record]:
+def product_records(root: Path, folder: Path, class_name: str) -> Iterator[Record]:
     """test/<kind>/ and ground_truth/<kind>/ of one product, as in MVTec; the kinds good, ok and normal are normal."""
     kinds = sorted(path for path in folder.glob("test/*") if path.is_dir() and not path.name.startswith("."))
     for kind in kinds:
@@ -117,14 +117,13 @@ def product_records(root: Path, folder: Path, class_name: str, masked: bool) -> 
             yield from normal_records(root, kind, class_name)
     for kind in kinds:
         if kind.name.lower() not in NORMAL_KINDS:
-            masks = folder / "ground_truth" / kind.name if masked else None
-            yield from anomalous_records(root, kind, masks, class_name)
+            yield from anomalous_records(root, kind, folder / "ground_truth" / kind.name, class_name)
 
 
 def mvtec(root: Path, classes: list[str]) -> Iterator[Record]:
     """MVTec, MPDD and BTAD: the test split of each product."""
     for class_name in classes:
-        yield from product_records(root, root / class_name, class_name, masked=True)
+        yield from product_records(root, root / class_name, class_name)
 
 
 def visa(root: Path, classes: list[str]) -> Iterator[Record]:

@@ -106,8 +106,8 @@ def _masks_of(kind: Path, masks: Path | None) -> Path | None:
     return _called(masks, (_word(kind),)) or masks / kind.name
 
 
-def unread(root: Path, records: list[Record]) -> dict[str, int]:
-    """{folder: its images that no record names}, but for those of train splits."""
+def unread(root: Path, records: list[Record]) -> list[str]:
+    """A line for each folder with images that no record names, but for those of train splits."""
     known = {path for record in records for path in (record.image_path, record.mask_path) if path}
     within = {Path(record.image_path).parent.as_posix() for record in records}
     found: Counter[str] = Counter()
@@ -120,7 +120,12 @@ def unread(root: Path, records: list[Record]) -> dict[str, int]:
             is_mask = relative.as_posix() in within  # beside the images that are read
             if is_image(Path(place, name)) and (relative / name).as_posix() not in known and not is_mask:
                 found[relative.as_posix()] += 1
-    return dict(found)
+    return [
+        f"{count} masks in {place} are of no image."
+        if any(_word(part) in MASKS for part in (Path(place), *Path(place).parents))
+        else f"{count} images in {place} are not read: no folder above them says whether they are good or bad."
+        for place, count in found.items()
+    ]
 
 
 def _called(folder: Path, names: tuple[str, ...]) -> Path | None:

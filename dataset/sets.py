@@ -15,7 +15,7 @@ from typing import Any
 from dataset.constants import BLUR, DATA_SETS, DataSetInfo, describe_class
 from dataset.demo.build import DEMO_SETS, check_version
 from dataset.layouts import LAYOUTS
-from dataset.own import MASKS, NORMAL, own_records, products, unread
+from dataset.own import NORMAL, own_records, products, unread
 from dataset.records import Record, check_paths, few_shot, read_records
 
 logger = logging.getLogger(__name__)
@@ -337,18 +337,8 @@ def _report_own(folder: Path, records: list[Record]) -> None:
                 ", ".join(NORMAL),
                 ", ".join(kinds),
             )
-    for line in unread_words(folder, records):
+    for line in unread(folder, records):
         logger.warning("%s: %s", folder, line)
-
-
-def unread_words(folder: Path, records: list[Record]) -> list[str]:
-    """A line for each folder of own images that are not read, because nothing tells what they are."""
-    return [
-        f"{count} masks in {place} are of no image."
-        if Path(place).parts and any(part.casefold().replace(" ", "_") in MASKS for part in Path(place).parts)
-        else f"{count} images in {place} are not read: no folder above them says whether they are good or bad."
-        for place, count in unread(folder, records).items()
-    ]
 
 
 def list_folder(place: Place) -> list[Record]:

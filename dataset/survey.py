@@ -1,18 +1,21 @@
 """All files of a data set are read once before it is used: what is broken is found, and what holds of all is said."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from dataset.images import bits_for, brightest, pages, read_pixels, readers
 from dataset.records import Record
+from dataset.sets import DataSet
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+U = TypeVar("U")
 # Names of files in one message.
 SHOWN = 5
 
@@ -28,6 +31,11 @@ class Look:
     cut: bool = False
     resized: bool = False
     pages: int = 1
+
+
+def surveyed(data: DataSet, bits: int | None, skip_broken: bool) -> DataSet:
+    """A data set with the bits of its images, see `with_bits`, and without what is broken, see `survey`."""
+    return replace(data, records=survey(data.folder, with_bits(data.folder, data.records, bits), skip_broken))
 
 
 def survey(folder: Path, records: list[Record], skip_broken: bool = False) -> list[Record]:
@@ -98,11 +106,10 @@ def named_few(names: Iterable[object]) -> str:
 def with_bits(folder: Path, records: list[Record], bits: int | None, of: list[Record] | None = None) -> list[Record]:
     """The records, to be read with so many bits; None for those of the brightest value among all images `of` their set.
 
-    One depth for all, so that no image is brighter than another only for being alone. A file that cannot be read says
-    nothing here.
+    One depth for all, so that no image is brighter than another only for being alone.
     """
     if bits is None:
-        highest = found_brightest(folder, of or records)
+        highest = found_brightest([folder / record.image_path for record in of or records])
         bits = 16 if highest is None else bits_for(highest)
         if bits < 16:
             logger.warning(
@@ -115,20 +122,19 @@ def with_bits(folder: Path, records: list[Record], bits: int | None, of: list[Re
     return records if bits == 16 else [replace(record, bits=bits) for record in records]
 
 
-def found_brightest(folder: Path, records: list[Record]) -> int | None:
-    """The highest value in all files of 16 bits, None where all have 8."""
+def found_brightest(paths: list[Path]) -> int | None:
+    """The highest value in all files of 16 bits, None where all have 8; a file that cannot be read says nothing."""
 
-    def look(record: Record) -> int | None:
+    def look(path: Path) -> int | None:
         try:
-            return brightest(folder / record.image_path)
+            return brightest(path)
         except ValueError:
             return None
 
-    values = _in_threads(look, records, "looking for images of 16 bits")
+    values = _in_threads(look, paths, "looking for images of 16 bits")
     return max((value for value in values if value is not None), default=None)
 
 
-def _in_threads(look: Any, records: list[Record], title: str) -> Iterator[Any]:
+def _in_threads(look: Callable[[T], U], things: list[T], title: str) -> Iterator[U]:
     with readers() as pool:
-        found = pool.map(look, records)
-        yield from tqdm(found, total=len(records), desc=title, leave=False, disable=None)
+        yield from tqdm(pool.map(look, things), total=len(things), desc=title, leave=False, disable=None)

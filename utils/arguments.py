@@ -42,8 +42,9 @@ CLASS_NAME: dict[str, Any] = {
     "parse": class_argument,
     "group": "data",
 }
+FEWER_BITS = "of the values in image files of 16 bits, where all images have fewer, as a camera's 12"
 BITS: dict[str, Any] = {
-    "help": "of the values in image files of 16 bits, where all images have fewer, as a camera's 12",
+    "help": f"{FEWER_BITS}; without it found from the brightest of all",
     "least": 8,
     "most": 16,
     "group": "data",
@@ -169,7 +170,7 @@ def add_own_data_arguments(parser: argparse._ActionsContainer) -> None:
     """What is told of data sets that the program does not know."""
     add_flag(parser, "domain", str, DOMAIN, None)
     add_flag(parser, "class_name", str, CLASS_NAME, None)
-    add_flag(parser, "bits", int, BITS | {"help": f"{BITS['help']}; without it found from the brightest of all"}, None)
+    add_flag(parser, "bits", int, BITS, None)
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

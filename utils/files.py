@@ -19,15 +19,18 @@ DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNOREC
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> Path:
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None, as_read: bool = False
+) -> Path:
     """Write rows with `columns`, else those of the first row; undefined values (NaN, None) stay empty.
 
-    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    A text that a spreadsheet would take for a formula has an apostrophe before it, but for rows `as_read` from a table,
+    whose numbers are texts.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0] if columns is None else columns))
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    writer.writerows(rows if as_read else ({name: _cell(value) for name, value in row.items()} for row in rows))
     return write_text(path, text.getvalue())
 
 

@@ -52,10 +52,7 @@ class Settings:
     )
     domain: str | None = field(default=None, metadata=DOMAIN)
     class_name: str | None = field(default=None, metadata=CLASS_NAME | {"added": True})
-    bits: int | None = field(
-        default=None,
-        metadata=BITS | {"added": True, "help": f"{BITS['help']}; without it found from the brightest of all"},
-    )
+    bits: int | None = field(default=None, metadata=BITS | {"added": True})
     shot: int | None = _flag(
         "K for K images per class, half of them normal and half anomalous, drawn by --seed (or those of a list "
         "K-shot.jsonl beside full-shot.jsonl); full or 0 for all, as without it",

@@ -1,7 +1,6 @@
 """What a training says and writes as it goes: log.csv, TensorBoard, and the end of each stage in words."""
 
 import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dataset.files import naming, write_text
+from dataset.files import naming
 from model.adapter_cross_attention import MODULES, STAGES
-from utils.files import read_csv
+from utils.files import read_csv, write_csv
 from utils.training.measures import Means
 from utils.training.plan import Plan, Position, Stage, stage_title
 
@@ -70,11 +69,7 @@ class CsvLog:
                     self._set_aside("it has columns of others", "and begun anew with the other ones")
             except ValueError as error:
                 self._set_aside(f"damaged ({error})")
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        write_csv(self.path, self.rows, self.columns, as_read=True)
 
     def _set_aside(self, reason: str, then: str = "and begun anew") -> None:
         aside = self.path.with_name(f"{self.path.stem}_damaged_{uuid4().hex[:6]}{self.path.suffix}")
