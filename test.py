@@ -10,6 +10,7 @@ everything in one HTML file. --image_idx shows one image across the base and all
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
@@ -17,7 +18,7 @@ from dataset.files import check_place
 from dataset.layouts import known_good
 from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, open_dataset
-from dataset.survey import surveyed
+from dataset.survey import surveyed, with_bits
 from utils import arguments
 from utils.checkpoints import check_there
 from utils.cli import run_script
@@ -175,6 +176,8 @@ def main() -> None:
         check_place(contender.folder, "--save_path" if args.save_path else "results beside --ckpt (see --save_path):")
     if args.image_idx is None:
         data_sets = [surveyed(data, args.bits, machine.skip_broken) for data in data_sets]
+    else:  # which leaves all others alone, but for how bright they are
+        data_sets = [replace(d, records=with_bits(d.folder, d.records, args.bits)) for d in data_sets]
     if args.normal_images:
         check_normal_images(contender.model for contender in contenders)
     batching = Batching(args.batch_size, machine.num_workers, args.precision)

@@ -86,6 +86,9 @@ def test_scores_do_not_depend_on_the_bits_of_the_files(scripts, root, base, caps
     found = table(base / "base_small_images.csv")
     for row, other in zip(found, expected, strict=True):
         assert float(row["single_score"]) == pytest.approx(float(other["single_score"]), abs=1e-3)
+    one = ["--class_name", "candle", "--image_idx", "0"]
+    assert scripts(*command, *one, data_root=root) == 0  # one image alone is as bright as in the set
+    assert capsys.readouterr().err.count("so they are taken for images of 12 bits") == 1
     monkeypatch.setattr(sys, "argv", ["check", "small", "--data_root", str(root)])
     assert check.main() == 1
     assert "dark images: small, images of 16 bits have values up to" in capsys.readouterr().out
