@@ -100,8 +100,8 @@ def check_there(path: Path) -> None:
     if path.exists():
         return
     parent = path.parent
-    there = [file.name for file in loop_files(parent)] if parent.is_dir() else []
-    there = there or sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    folders = sorted(entry for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    there = [entry.name for entry in loop_files(parent) or folders]
     hint = (
         f"In {parent}: {shorten(', '.join(there), 200)}." if there else "train.py trains a base; ckpt/demo/base is one."
     )
