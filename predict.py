@@ -266,7 +266,7 @@ def main() -> int:
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)
-        detectors = [detector.seeing(normal) for detector in detectors]
+        detectors = [detector.seeing(normal, args.bits) for detector in detectors]
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:
         logger.warning(

@@ -115,6 +115,17 @@ def test_a_depth_holds_in_memory_and_from_the_files(root):
         assert item["image"].max() > AnomalyDataset(data.folder, data.records, transform)[0]["image"].max() + 0.5
 
 
+def test_known_good_images_have_the_depth_of_the_set(root, run):
+    detector = Detector.load(run / "loop_1.pth", class_name="candle", device="cpu")
+    path = root / "small" / "candle" / "0_0.png"
+    Image.open(path).convert("L").save(path)
+    expected = detector.seeing({"candle": [path]}).known["candle"]
+    deepen(root / "small", 12)
+    dark, bright = (detector.seeing({"candle": [path]}, bits).known["candle"] for bits in (16, 12))
+    for level, other, wrong in zip(expected, bright, dark, strict=True):
+        assert 10 * (level - other).abs().mean() < (level - wrong).abs().mean()
+
+
 # broken files
 
 

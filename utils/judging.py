@@ -86,17 +86,17 @@ class Detector:
             raise ValueError(f"{ckpt}: a run of {len(detectors)} loops. Name one of its files.")
         return detectors[0]
 
-    def seeing(self, normal_images: dict[str, list[Path]]) -> "Detector":
+    def seeing(self, normal_images: dict[str, list[Path]], bits: int = 16) -> "Detector":
         """The same, with text cross-attention that sees images of each class which are known to be good.
 
-        A model that does not see them is returned as it is. Raises ValueError where a file is not readable as an image.
+        `bits` of their values, as in `read_image`. A model that does not see them is returned as it is. Raises ValueError where a file is not readable as an image.
         """
         if not self.model.sees_known_images:
             return self
         transform = Transform(self.model.backbone.img_size)
         known = {}
         for name, paths in normal_images.items():
-            pixels = (transform(read_image(path), None)[0][None] for path in paths)
+            pixels = (transform(read_image(path, bits), None)[0][None] for path in paths)
             seen = [
                 known_patches(self.model, image.to(self.model.backbone.device), name, self.text, self.precision)
                 for image in pixels
