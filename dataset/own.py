@@ -64,8 +64,10 @@ def _product_records(root: Path, folder: Path, class_name: str) -> Iterator[Reco
         if _word(kind) in NORMAL:
             yield from normal_records(root, _pictures(kind), class_name)
     for kind in kinds:
-        # In a test split all others are defects; beside good images may lie anything.
-        if _word(kind) in ANOMALOUS or (test and _word(kind) not in NORMAL):
+        if _word(kind) in NORMAL:
+            continue
+        # In a test split all others are defects; beside good images may lie anything, but what has masks is one.
+        if test or _word(kind) in ANOMALOUS or (masks and _called(masks, (_word(kind),))):
             yield from anomalous_records(root, _pictures(kind), _masks_of(kind, masks), class_name)
     if test:
         yield from _flat_records(root, test, masks, class_name)

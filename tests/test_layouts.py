@@ -455,6 +455,7 @@ def test_products_in_mixed_layouts_are_all_read_or_said(tmp_path, command, caplo
     pictures(parts, "a/good/0.png", "b/OK/1.png", "b/NG/2.png", "c/Test/good/3.png", "c/Test/bent/4.png")
     pictures(parts, "c/Ground Truth/bent/4_gt.png", "c/Ground Truth/bent/9.png", "c/train/good/5.png", "d/photos/6.png")
     pictures(parts, "e/normal/7.png", "e/defective/8.png", "e/masks/8.png", "f/good/9.png", "f/scratch/10.png")
+    pictures(parts, *(f"g/{place}.png" for place in ("good/1", "crack/2", "mask/crack/2", "colour/3", "mask/colour/3")))
     found = {(r.image_path, r.label, r.mask_path) for r in open_dataset("parts", tmp_path).records}
     assert found == {
         ("a/good/0.png", 0, None),
@@ -465,6 +466,9 @@ def test_products_in_mixed_layouts_are_all_read_or_said(tmp_path, command, caplo
         ("e/normal/7.png", 0, None),
         ("e/defective/8.png", 1, "e/masks/8.png"),
         ("f/good/9.png", 0, None),
+        ("g/good/1.png", 0, None),  # as in the Folder that anomalib describes
+        ("g/colour/3.png", 1, "g/mask/colour/3.png"),
+        ("g/crack/2.png", 1, "g/mask/crack/2.png"),
     }
     said = (
         "1 images in d/photos are not read",

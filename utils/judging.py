@@ -89,7 +89,8 @@ class Detector:
     def seeing(self, normal_images: dict[str, list[Path]], bits: int = 16) -> "Detector":
         """The same, with text cross-attention that sees images of each class which are known to be good.
 
-        `bits` of their values, as in `read_image`. A model that does not see them is returned as it is. Raises ValueError where a file is not readable as an image.
+        `bits` of their values, as in `read_image`. A model that does not see them is returned as it is. Raises
+        ValueError where a file is not readable as an image.
         """
         if not self.model.sees_known_images:
             return self
