@@ -25,9 +25,9 @@ import numpy as np
 from dataset.commands import name_argument, path_argument, show
 from dataset.constants import BLUR
 from dataset.files import check_place, replacing
-from dataset.images import bits_for, pages, read_image, take_pixels
-from dataset.layouts import IMAGE_SUFFIXES, is_image, known_good
-from dataset.survey import found_brightest, named_few
+from dataset.images import IMAGE_SUFFIXES, is_image, pages, read_image, take_pixels
+from dataset.layouts import known_good
+from dataset.survey import found_depth, pages_words
 from dataset.words import on_one_line
 from utils import arguments
 from utils.checkpoints import check_there
@@ -176,30 +176,32 @@ def check_folder(folder: Path, files: list[str], images: dict[Path, str]) -> Non
 
 def remark(images: list[Path], bits: int) -> None:
     """Say what may not be meant: files of several pages, and images of 16 bits that are all dark."""
-    several = [path for path in images if pages(path) > 1]
-    if several:
-        logger.warning("%d files have several pages, the first of which is read: %s", len(several), named_few(several))
-    highest = found_brightest(images)
-    if highest is not None and bits_for(highest) < bits:
-        fewest = bits_for(highest)
+    if several := [path for path in images if pages(path) > 1]:
+        logger.warning("%s", pages_words(several))
+    depth = found_depth(images)
+    if depth is not None and depth.usual < bits:
         logger.warning(
             "Images of 16 bits have values up to %d, and are read as of %d bits, so they are dark. If their camera has "
             "%d, give --bits %d.",
-            highest,
+            depth.highest,
             bits,
-            fewest,
-            fewest,
+            depth.usual,
+            depth.usual,
         )
 
 
 def judge_all(
-    detectors: list[Detector], images: dict[Path, str], maps: dict[tuple[str, str], str], folder: Path, bits: int
-) -> tuple[list[dict], dict[Path, str]]:
-    """Rows of predictions.csv, and {image: what is wrong with it}; the maps are written as they come."""
-    rows, failed = [], {}
+    detectors: list[Detector],
+    images: dict[Path, str],
+    maps: dict[tuple[str, str], str],
+    folder: Path,
+    rows: list[dict],
+    failed: dict[Path, str],
+) -> None:
+    """Add to rows of predictions.csv and to {image: what is wrong with it}; the maps are written as they come."""
     for path, stem in progress(images.items(), desc="images", unit="image"):
         try:
-            image = read_image(path, bits)
+            image = read_image(path, detectors[0].bits)
             verdicts = [detector(image) for detector in detectors]
             for detector, verdict in zip(detectors, verdicts, strict=True):
                 with replacing(folder / maps[stem, detector.name]) as file:
@@ -216,7 +218,6 @@ def judge_all(
             values = [str(path), detector.name, verdict.single_score, decision, verdict.probability]
             values += [verdict.detection_score, verdict.highest, verdict.map.min(), name]
             rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows, failed
 
 
 def draw(
@@ -262,11 +263,11 @@ def main() -> int:
     check_place(args.save_path, "--save_path")
     images = find_images(args.images, args.save_path)
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
-    detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision)
+    detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision, args.bits)
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)
-        detectors = [detector.seeing(normal, args.bits) for detector in detectors]
+        detectors = [detector.seeing(normal) for detector in detectors]
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:
         logger.warning(
@@ -277,10 +278,14 @@ def main() -> int:
     check_folder(args.save_path, [*(f"{stem}.png" for stem in images.values()), *maps.values()], images)
     args.save_path.mkdir(parents=True, exist_ok=True)
     write_csv(args.save_path / TABLE, [], COLUMNS)  # which tells from now on whose folder it is
-    rows, failed = judge_all(detectors, images, maps, args.save_path, args.bits)
+    rows: list[dict] = []
+    failed: dict[Path, str] = {}
+    try:
+        judge_all(detectors, images, maps, args.save_path, rows, failed)
+    finally:  # also what was judged before a signal, or before the disk was full
+        write_csv(args.save_path / TABLE, rows, COLUMNS)
     if rows:
         remark([path for path in images if path not in failed], args.bits)
-        write_csv(args.save_path / TABLE, rows)
         show(table(rows))
         seen = min(row["lowest_map_value"] for row in rows), max(row["highest_map_value"] for row in rows)
         extremes, scaled_by = calibrated_extremes(detectors, seen, "all images of this call")

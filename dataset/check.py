@@ -18,12 +18,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.commands import make_parser, name_argument, run_command, show
-from dataset.images import bits_for, pages, read_image, read_mask_pixels, readers
+from dataset.images import pages, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
 from dataset.own import unread
 from dataset.records import Record, link_target, read_entries
 from dataset.sets import Place, count_differences, find_dataset, list_folder
-from dataset.survey import cut_words, found_brightest, named_few
+from dataset.survey import SeenMask, found_depth, mask_words, pages_words, usual_words
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,12 +40,11 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass
 class Look:
-    """What was seen of one entry: what is wrong, what tells its image from others, its masks (0 or 1), and if cut."""
+    """What was seen of one entry: what is wrong, what tells its image from others, its mask, and its pages."""
 
     problems: list[str] = field(default_factory=list)
     pixels: str | None = None
-    masks: int = 0
-    cut: bool = False
+    mask: SeenMask | None = None
     pages: int = 1
 
 
@@ -85,12 +84,12 @@ class Finder:
                 look.problems.append(f"missing mask: {path}")
             return
         try:
-            mask, look.cut = read_mask_pixels(path)
+            found = read_mask_pixels(path)
         except ValueError as error:
             look.problems.append(f"unreadable mask: {error}")
             return
+        mask, look.mask = found.defect, SeenMask.of(path.name, found)
         height, width = mask.shape
-        look.masks = 1
         if (width, height) != size:
             look.problems.append(f"size mismatch: {path} is {width} x {height}, its image {size[0]} x {size[1]}")
         if anomalous and not mask.any():
@@ -119,14 +118,16 @@ class Finder:
             self.problems += look.problems
             if look.pixels:
                 self.places.setdefault(look.pixels, []).append(place.folder / entry["image_path"])
-        if cut := sum(look.cut for look in looks):
-            self.problems.append(f"grey masks: {place.name}, {cut_words(cut, sum(look.masks for look in looks))}")
+        words = mask_words([look.mask for look in looks if look.mask])
+        self.problems += [f"doubtful masks: {place.name}, {line}" for line in words]
         if several := [entry["image_path"] for entry, look in zip(entries, looks, strict=True) if look.pages > 1]:
-            self.problems.append(f"several pages: {place.name}, {len(several)} images: {named_few(several)}")
-        highest = found_brightest([place.folder / record.image_path for record in listed])
-        if highest is not None and (bits := bits_for(highest)) < 16:
+            self.problems.append(f"several pages: {place.name}, {pages_words(several)}")
+        depth = found_depth([place.folder / record.image_path for record in listed])
+        if depth and depth.usual < depth.bits:
+            self.problems.append(f"dark images: {place.name}, {usual_words(depth)}")
+        elif depth and depth.bits < 16:
             self.problems.append(
-                f"dark images: {place.name}, images of 16 bits have values up to {highest}: {bits} bits"
+                f"dark images: {place.name}, images of 16 bits have values up to {depth.highest}: {depth.bits} bits"
             )
 
     def repeated(self) -> list[str]:

@@ -17,6 +17,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dataset.records import Record
 
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".jp2", ".j2k", ".pgm", ".ppm", ".pbm", ".pnm"),
+)
 # What is tried, whatever a file is called: others are no photographs, have decoders that few test, or, as EPS, start
 # another program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM")
@@ -36,6 +40,8 @@ MOST_THREADS = 8
 DEPTHS = (8, 10, 12, 14, 16)
 # Masks whose brightest value is less hold numbers of labels.
 DARK = 96
+# Values of a mask that is no longer one of a few labels.
+MANY = 8
 
 # EXIF's orientations, in the order of their numbers from 2 on.
 TURNS = (
@@ -47,6 +53,18 @@ TURNS = (
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name, and not hidden, as what systems write beside photographs is."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder by name; of none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(filter(is_image, folder.iterdir()))
 
 
 def read_image(path: Path, bits: int = 16) -> Image.Image:
@@ -150,7 +168,7 @@ def brightest(path: Path) -> int | None:
     """The highest value in an image file of 16 bits, None for one of 8. Raises ValueError if unreadable."""
     with _opened(path, "an image") as image:
         if image.mode.startswith("I"):
-            return int(np.asarray(image).max(initial=0))
+            return int(_of_16_bits(image).max(initial=0))
         return int(_deep_colours(path)[..., :3].max(initial=0)) if _is_deep_colour(image) else None
 
 
@@ -184,46 +202,67 @@ def _to_rgb(image: Image.Image, background: str, bits: int = 16) -> Image.Image:
 
 def _band_to_rgb(image: Image.Image, background: str, bits: int) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion would cut at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its pixels are numbers of 32 bits; expected 8 or 16 bits")
-        image = Image.fromarray(_scaled(values, bits))
+        image = Image.fromarray(_scaled(_of_16_bits(image), bits))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
+def _of_16_bits(image: Image.Image) -> np.ndarray:
+    """The values of whole numbers. Raises ValueError where they have more bits."""
+    values = np.asarray(image)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise ValueError("its pixels are numbers of 32 bits; expected 8 or 16 bits")
+    return values
+
+
 class MaskPixels(NamedTuple):
-    """Which pixels of a mask are defect, [height, width]; `cut`: those brighter than half, as of a lossy file."""
+    """Which pixels of a mask are defect, [height, width]; `cut`: those brighter than half, as of a lossy file.
+
+    `grey`: it has many values, so that it may be lossy though it does not show it by itself.
+    """
 
     defect: np.ndarray
     cut: bool
+    grey: bool
 
 
-def read_mask_pixels(path: Path) -> MaskPixels:
+def read_mask_pixels(path: Path, lossy: bool = False) -> MaskPixels:
     """The pixels of a mask: what is not black is defect (transparent pixels are black), where it is not `is_lossy`.
 
-    Of a folder the masks in it count together. Raises ValueError if a file is unreadable.
+    `lossy`: many masks of the data set are, so that one that is grey is as well. Of a folder the masks in it count
+    together. Raises ValueError if a file is unreadable.
     """
     if path.is_dir():
-        return _together(path, [read_mask_pixels(file) for file in sorted(path.iterdir()) if file.is_file()])
+        return _together(path, [read_mask_pixels(file, lossy) for file in _masks_in(path)])
     with _opened(path, "a mask") as image:
         mask = _turned(image)
-        # 16-bit masks may be as dark as 1, which scaling to 8 bits would lose.
-        if mask.mode[0] in "IF":
-            return MaskPixels(np.asarray(mask) != 0, False)
         labels, compressed = mask.mode in ("1", "P"), image.format == "JPEG"
-        values = np.asarray(_to_rgb(mask, "black")).max(axis=-1)
+        # Masks of 16 bits may be as dark as 1, which scaling to 8 bits would lose.
+        whole = np.asarray(mask) if mask.mode[0] in "IF" else np.asarray(_to_rgb(mask, "black")).max(axis=-1)
+    values = whole
+    if values.dtype != np.uint8:
+        bright = DARK * 257 <= values.max(initial=0) <= 65535 and values.min(initial=0) >= 0
+        values = (values / 257).astype(np.uint8) if bright else np.zeros_like(values, dtype=np.uint8)
+    grey = not labels and values.max(initial=0) >= DARK and np.count_nonzero(np.bincount(values.ravel())) >= MANY
     # A JPEG file of few or dark labels would be no mask; of a tiny defect it may not tell by its values.
-    cut = values.max() >= DARK if compressed else not labels and is_lossy(values)
-    return MaskPixels(values > values.max() / 2, True) if cut else MaskPixels(values > 0, False)
+    cut = values.max(initial=0) >= DARK if compressed else grey and (lossy or is_lossy(values))
+    return MaskPixels(whole > whole.max() / 2 if cut else whole != 0, bool(cut), bool(grey))
+
+
+def _masks_in(folder: Path) -> list[Path]:
+    """The masks of one image in a folder. Raises ValueError where there is none."""
+    if found := images_in(folder):
+        return found
+    raise ValueError(f"{folder}: not readable as a mask (a folder without images).")
 
 
 def _together(folder: Path, masks: list[MaskPixels]) -> MaskPixels:
     if len({mask.defect.shape for mask in masks}) != 1:
         raise ValueError(f"{folder}: not readable as a mask (expected masks of one size in it, found {len(masks)}).")
-    return MaskPixels(np.logical_or.reduce([mask.defect for mask in masks]), any(mask.cut for mask in masks))
+    defect = np.logical_or.reduce([mask.defect for mask in masks])
+    return MaskPixels(defect, any(mask.cut for mask in masks), any(mask.grey for mask in masks))
 
 
 def is_lossy(values: np.ndarray) -> bool:
@@ -233,22 +272,25 @@ def is_lossy(values: np.ndarray) -> bool:
     labels are few, or dark, or stand alone.
     """
     counts = np.bincount(values.ravel(), minlength=256)
-    top = int(values.max())
+    top = int(values.max(initial=0))
     ends, between = top / 8, counts[math.ceil(top / 4) : math.floor(top * 3 / 4) + 1].sum()
     beside_black = counts[1 : math.floor(ends) + 1].any()
     beside_top = counts[math.ceil(top - ends) : top].any()
     return bool(
         top >= DARK
-        and np.count_nonzero(counts) >= 8
+        and np.count_nonzero(counts) >= MANY
         and beside_black
         and beside_top
         and between < counts[math.floor(top * 3 / 4) + 1 :].sum()
     )
 
 
-def read_defect(path: Path) -> MaskPixels:
-    """The mask of an anomalous image. Raises ValueError where it is unreadable or has no defect in it."""
-    mask = read_mask_pixels(path)
+def read_defect(path: Path, lossy: bool = False) -> MaskPixels:
+    """The mask of an anomalous image; `lossy` as in `read_mask_pixels`.
+
+    Raises ValueError where it is unreadable or has no defect in it.
+    """
+    mask = read_mask_pixels(path, lossy)
     if not mask.defect.any():
         raise ValueError(
             f"{path}: the mask of an anomalous image is empty; mend it, or leave mask_path out of its line."
@@ -268,7 +310,7 @@ def read_pixels(folder: Path, record: Record) -> tuple[Image.Image, MaskPixels |
     if record.mask_path is None:
         return image, None
     path = folder / record.mask_path
-    mask = read_defect(path)
+    mask = read_defect(path, record.lossy)
     _check_shapes(path, image.size, mask.defect.shape[::-1])
     return image, mask
 
@@ -285,7 +327,7 @@ def _check_shapes(path: Path, image: tuple[int, int], mask: tuple[int, int]) -> 
 def size_on_disk(path: Path) -> tuple[int, int]:
     """Width and height in pixels that `read_image` gives, from the header alone. Raises ValueError if unreadable."""
     if path.is_dir():  # of masks of one size
-        path = min(path.iterdir())
+        path = _masks_in(path)[0]
     with _opened(path, "an image") as image:
         return image.size if _orientation(image) < 5 else (image.height, image.width)
 

@@ -1,7 +1,6 @@
 """Folders of images on disk -> records: the official layouts of the data sets. Own images: `dataset.own`.
 
-Paths in records are relative to the data set's folder, with forward slashes on every system. Files that are no images
-by their suffix, and hidden ones, are passed over.
+Paths in records are relative to the data set's folder, with forward slashes on every system.
 """
 
 import csv
@@ -9,29 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dataset.images import images_in
 from dataset.records import Record, check_entry, leaves_folder, read_json
 
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
-    *(".jp2", ".j2k", ".pgm", ".ppm", ".pbm", ".pnm"),
-)
 NORMAL_KINDS = ("good", "ok", "normal")
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 # What a mask is called beside its image: endings and beginnings of the name.
 MASK_ENDINGS = ("", "_mask", "-mask", "_gt", "_seg", "_label", "_segmentation")
 MASK_BEGINNINGS = ("mask_", "gt_")
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file is an image by its name, and not hidden, as what systems write beside photographs is."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The images of a folder by name; of none where it does not exist."""
-    if not folder.is_dir():
-        return []
-    return sorted(filter(is_image, folder.iterdir()))
 
 
 def known_good(folder: Path, class_names: list[str], tested: list[Path]) -> dict[str, list[Path]]:
@@ -87,26 +71,42 @@ def masks_beside(images: list[Path]) -> dict[Path, Path]:
 def find_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
     """{image: its mask in a folder}: called as the image, with or without its suffix, or as masks are beside images.
 
-    Raises ValueError where two images have one mask.
+    Raises ValueError where two images have one mask, or one image has two.
     """
-    there = {mask.stem.casefold(): mask for mask in reversed(images_in(folder))}
+    there: dict[str, list[Path]] = {}
+    for mask in images_in(folder):
+        there.setdefault(mask.stem.casefold(), []).append(mask)
     if folder.is_dir():  # several masks of an image in a folder that is called as it is, as in MVTec LOCO
-        there |= {
-            inside.name.casefold(): inside for inside in folder.iterdir() if inside.is_dir() and images_in(inside)
-        }
+        for inside in folder.iterdir():
+            if inside.is_dir() and images_in(inside):
+                there.setdefault(inside.name.casefold(), []).append(inside)
     found: dict[Path, Path] = {}
     owners: dict[Path, Path] = {}
     for image in images:
-        names = [name.casefold() for name in (image.name, image.stem)]
-        called = [f"{name}{end}" for name in names for end in MASK_ENDINGS]
-        called += [f"{start}{name}" for name in names for start in MASK_BEGINNINGS]
-        mask = next((there[name] for name in called if name in there), None)
-        if mask is None:
-            continue
-        if (other := owners.setdefault(mask, image)) != image:
-            raise ValueError(f"{mask}: the mask of {other.name} or of {image.name}? Rename one image and its mask.")
-        found[image] = mask
+        masks: list[Path] = []
+        for name in (image.name.casefold(), image.stem.casefold()):  # the suffix may say whose mask it is
+            called = [*(f"{name}{end}" for end in MASK_ENDINGS), *(f"{start}{name}" for start in MASK_BEGINNINGS)]
+            masks = masks or [mask for word in called for mask in there.get(word, ())]
+        if len(masks) > 1:
+            raise ValueError(f"{image}: is its mask {masks[0]} or {masks[1].name}? Move one of them away.")
+        for mask in masks:
+            if (other := owners.setdefault(mask, image)) != image:
+                raise ValueError(f"{mask}: the mask of {other.name} or of {image.name}? Rename one image and its mask.")
+            found[image] = mask
     return found
+
+
+def check_owners(records: list[Record]) -> None:
+    """Raise ValueError where two records that folders gave have one mask."""
+    owners: dict[str, str] = {}
+    for record in records:
+        if record.mask_path is None:
+            continue
+        if (other := owners.setdefault(record.mask_path, record.image_path)) != record.image_path:
+            raise ValueError(
+                f"{record.mask_path}: the mask of {other} or of {record.image_path}? Put the masks of each kind of "
+                "defect into a folder of its own that is called as the folder of its images."
+            )
 
 
 def product_records(root: Path, folder: Path, class_name: str) -> Iterator[Record]:
@@ -158,11 +158,14 @@ def good_ungood(root: Path, classes: list[str]) -> Iterator[Record]:
 
 
 def images_masks(root: Path, classes: list[str]) -> Iterator[Record]:
-    """Polyps: images and masks, all anomalous; in CVC-ClinicDB's archive Original and Ground Truth."""
+    """Polyps: images and masks, all anomalous; in CVC-ClinicDB's archive Original and Ground Truth.
+
+    Some archives hold one more folder around these.
+    """
     (class_name,) = classes
     for images, masks in (("images", "masks"), ("Original", "Ground Truth")):
-        if (root / images).is_dir():
-            yield from anomalous_records(root, root / images, root / masks, class_name)
+        for folder in sorted(path for pattern in (images, f"*/{images}") for path in root.glob(pattern)):
+            yield from anomalous_records(root, folder, folder.parent / masks, class_name)
 
 
 def real_iad(root: Path, classes: list[str]) -> Iterator[Record]:

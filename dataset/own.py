@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset.images import read_mask_pixels
-from dataset.layouts import anomalous_records, find_masks, images_in, is_image, masks_beside, normal_records
+from dataset.images import images_in, is_image, read_mask_pixels
+from dataset.layouts import check_owners, find_masks, masks_beside
 from dataset.records import Record, check_class
 
 # What folders are called, in any case, with - or a space for _.
@@ -18,21 +18,25 @@ ANOMALOUS = (
 TEST, TRAIN = ("test", "testing", "test_public"), ("train", "training", "validation", "val")
 PICTURES = ("rgb", "img", "image", "images")
 MASKS = ("ground_truth", "groundtruth", "gt", "mask", "masks", "label", "labels", "annotations")
+# Folders within folders that are looked into, which also ends links that lead back.
+DEEPEST = 4
 TREES = """
     {0}/full-shot.jsonl    lines {{"image_path", "label", "class_name", "mask_path"}}
-or, here or one folder deeper for each class,
+or, here or in a folder for each class,
     {0}/test/good/*.png, {0}/test/<defect>/*.png and {0}/ground_truth/<defect>/*_mask.png
-    {0}/good/*.png and {0}/bad/*.png    without masks, or with masks/bad/*.png"""
+    {0}/good/*.png and {0}/bad/*.png    without masks, or with masks/bad/*.png
+    {0}/images/*.png and {0}/masks/*.png    where masks tell which images are anomalous"""
 
 
 def own_records(root: Path) -> list[Record]:
-    """Records of own images: a tree as MVTec's, or good/ and bad/, of one class or of a folder each.
+    """Records of own images, of one class or of a folder for each.
 
-    A class is called as its folder. Where a class has no folder of masks, its anomalous images are maskless.
-    Raises FileNotFoundError with the expected trees where the folder is none.
+    The trees are MVTec's, good/ and bad/, or images/ and masks/. A class is called as its folder. Where it has no
+    masks, its anomalous images are maskless. Raises FileNotFoundError with the expected trees where the folder is none,
+    ValueError where masks and images do not pair.
     """
     records: list[Record] = []
-    for folder in products(root):
+    for folder in products(root, DEEPEST):
         class_name = Path(os.path.abspath(folder)).name
         check_class(class_name, str(root))
         records += _product_records(root, folder, class_name)
@@ -41,93 +45,194 @@ def own_records(root: Path) -> list[Record]:
         raise FileNotFoundError(
             f"{root}: no images in a layout that is known. Expected{TREES.format(root)}\nFound {found}."
         )
+    check_owners(records)
     return records
 
 
-def products(root: Path) -> list[Path]:
-    """The folders of products: `root` itself, or those in it."""
+def products(root: Path, deepest: int = 1) -> list[Path]:
+    """The folders of products: `root` itself, or those in it, so many folders deep at most."""
     if _is_product(root):
-        return [root]
-    return [folder for folder in _folders(root) if _word(folder) not in (*TRAIN, *MASKS) and _is_product(folder)]
+        test = _called(root, TEST)
+        return [folder for folder in _folders(test) if _called(folder, NORMAL)] or [root] if test else [root]
+    if not deepest:
+        return []
+    within = [folder for folder in _folders(root) if _word(folder) not in (*TRAIN, *MASKS) or _called(folder, NORMAL)]
+    return [product for folder in within for product in products(folder, deepest - 1)]
 
 
 def _is_product(folder: Path) -> bool:
-    return any(_word(inside) in (*TEST, *NORMAL, *ANOMALOUS) for inside in _folders(folder))
+    words = {_word(inside) for inside in _folders(folder)}
+    splits_and_kinds, pairs = (*TEST, *NORMAL, *ANOMALOUS), (PICTURES, MASKS)
+    return not words.isdisjoint(splits_and_kinds) or not any(words.isdisjoint(names) for names in pairs)
+
+
+def has_test_split(folder: Path) -> bool:
+    """Whether a product's images lie in a test split."""
+    return _called(folder, TEST) is not None
 
 
 def _product_records(root: Path, folder: Path, class_name: str) -> Iterator[Record]:
     """The test split of a product where it has one, else its normal and its anomalous images."""
     test = _called(folder, TEST)
-    kinds = [kind for kind in _folders(test or folder) if _word(kind) not in (*TRAIN, *MASKS)]
-    masks = _called(folder, MASKS) or (_called(test, MASKS) if test else None)
-    for kind in kinds:
+    masks = _mask_folder(folder) or (_mask_folder(test) if test else None)
+    normal, anomalous = _kinds(test or folder, masks, all_others=test is not None)
+    for kind in normal:
+        for images in _picture_folders(kind, ANOMALOUS):
+            for image in _without_masks(images):
+                yield Record(image.relative_to(root).as_posix(), 0, class_name)
+    for kind in anomalous:
+        for images in _picture_folders(kind, NORMAL):
+            yield from _anomalous_records(root, images, _masks_of(kind, images, masks), class_name)
+    if not normal and not anomalous:
+        pictures = _called(test or folder, PICTURES) or test
+        if pictures:
+            yield from _flat_records(root, pictures, masks, class_name)
+
+
+def _kinds(folder: Path, masks: Path | None, all_others: bool) -> tuple[list[Path], list[Path]]:
+    """Folders of normal images, and of kinds of defects.
+
+    `all_others`: in a test split all that is not normal is a defect. Beside good images may lie anything, but a folder
+    of masks that is called as another folder makes that a defect as well.
+    """
+    normal, anomalous = [], []
+    for kind in _folders(folder):
+        mirrored = masks is not None and _like(masks, kind.name) is not None
         if _word(kind) in NORMAL:
-            yield from normal_records(root, _pictures(kind), class_name)
-    for kind in kinds:
-        if _word(kind) in NORMAL:
+            normal.append(kind)
+        elif kind == masks or (_word(kind) in (*TRAIN, *TEST, *MASKS, *PICTURES) and not mirrored):
             continue
-        # In a test split all others are defects; beside good images may lie anything, but what has masks is one.
-        if test or _word(kind) in ANOMALOUS or (masks and _called(masks, (_word(kind),))):
-            yield from anomalous_records(root, _pictures(kind), _masks_of(kind, masks), class_name)
-    if test:
-        yield from _flat_records(root, test, masks, class_name)
+        elif _word(kind) in ANOMALOUS or all_others or mirrored:
+            anomalous.append(kind)
+    return normal, anomalous
+
+
+def _anomalous_records(root: Path, folder: Path, masks: Path | None, class_name: str) -> Iterator[Record]:
+    """Anomalous images with their masks, from a folder of masks or from beside them."""
+    images = _without_masks(folder)
+    found = _paired(images, folder, masks)
+    for image in images:
+        mask = found.get(image) or (masks / f"{image.stem}_mask.png" if masks else None)
+        name = mask.relative_to(root).as_posix() if mask else None
+        yield Record(image.relative_to(root).as_posix(), 1, class_name, name)
 
 
 def _flat_records(root: Path, folder: Path, masks: Path | None, class_name: str) -> Iterator[Record]:
-    """Images of a test split that lie in no folder of a kind; those with a defect in their mask are anomalous.
+    """Images that lie in no folder of a kind; those with a defect in their mask are anomalous.
 
-    Masks lie in a folder of their own, as in DAGM, or beside the images, as in KolektorSDD2 (7.png, 7_GT.png).
+    Masks lie in a folder of their own, as in DAGM, or beside the images, as in KolektorSDD2 (7.png, 7_GT.png). There
+    are no records where nothing has a mask. Raises ValueError for a mask in the folder that is of no image, which
+    would pass for normal.
     """
-    images = images_in(folder)
-    if masks is None:
-        found = masks_beside(images)
-        images = [image for image in images if image not in found.values()]
-        if not found and images:
-            return  # nothing tells which are good
-    else:
-        found = find_masks(images, masks)
-    for image in images:
+    images = _without_masks(folder)
+    found = _paired(images, folder, masks)
+    if masks and images and (others := sorted(set(images_in(masks)) - set(found.values()))):
+        raise ValueError(
+            f"{others[0]}: the mask of no image in {folder}, where masks tell which images are anomalous; "
+            f"{len(others)} are. Call them as their images, with _mask behind or without."
+        )
+    for image in images if found else ():
         name, mask = image.relative_to(root).as_posix(), found.get(image)
-        if mask is not None and read_mask_pixels(mask).defect.any():
+        if mask is not None and _has_defect(mask):
             yield Record(name, 1, class_name, mask.relative_to(root).as_posix())
         else:
             yield Record(name, 0, class_name)
 
 
-def _pictures(kind: Path) -> Path:
-    """Where the images of a kind lie: in its folder, or in one in it, as in MVTec 3D-AD, which has depths as well."""
-    return kind if images_in(kind) else _called(kind, PICTURES) or kind
+def _has_defect(mask: Path) -> bool:
+    """Whether a mask shows one; also where it cannot be read, which is found when it shall be used."""
+    try:
+        return bool(read_mask_pixels(mask).defect.any())
+    except ValueError:
+        return True
 
 
-def _masks_of(kind: Path, masks: Path | None) -> Path | None:
-    """Where the masks of a kind of defect lie: within it, in a folder called as it is, or all in one."""
-    if (own := _called(kind, MASKS)) or masks is None:
+def _without_masks(folder: Path) -> list[Path]:
+    """The images of a folder but for masks that lie beside them."""
+    images = images_in(folder)
+    masks = set(masks_beside(images).values())
+    return [image for image in images if image not in masks]
+
+
+def _paired(images: list[Path], folder: Path, masks: Path | None) -> dict[Path, Path]:
+    """{image: its mask}, from the folder of masks or from beside it. Raises ValueError where there are both."""
+    beside = masks_beside(images_in(folder))
+    found = find_masks(images, masks) if masks else {}
+    for image in beside:
+        if image in found:
+            raise ValueError(f"{image}: is its mask {found[image]} or {beside[image]}? Keep one of them.")
+    return {image: mask for image, mask in beside.items() if image in images} | found
+
+
+def _picture_folders(kind: Path, others: tuple[str, ...], deepest: int = DEEPEST) -> list[Path]:
+    """The folders of a kind that have its images: its own and those in it, but for those called as `others`.
+
+    Where its own has none, one called as pictures are is all, as in MVTec 3D-AD, which has depths as well.
+    """
+    if not images_in(kind) and (pictures := _called(kind, PICTURES)):
+        return [pictures]
+    within = [folder for folder in _folders(kind) if _word(folder) not in (*MASKS, *TRAIN, *TEST, *others)]
+    deeper = [found for folder in within for found in _picture_folders(folder, others, deepest - 1)] if deepest else []
+    return [kind, *deeper]
+
+
+def _mask_folder(folder: Path) -> Path | None:
+    """The folder of masks of a product; one that has some, before others that are called so."""
+    called = [inside for inside in _folders(folder) if _word(inside) in MASKS]
+    return next((inside for inside in called if _has_images(inside)), None)
+
+
+def _masks_of(kind: Path, images: Path, masks: Path | None) -> Path | None:
+    """Where the masks of images in a folder of a kind lie: within it, in a folder called as it is, or all in one."""
+    if own := _called(images, MASKS) or _called(kind, MASKS):
         return own
-    if not _folders(masks):
-        return masks
-    return _called(masks, (_word(kind),)) or masks / kind.name
+    if masks is None:
+        return None
+    below = _like(masks, kind.name)
+    for part in images.relative_to(kind).parts:
+        below = (below and _like(below, part)) or below
+    found = below or _like(masks, images.name) or (masks if images_in(masks) else None)
+    return found or masks / kind.name
 
 
 def unread(root: Path, records: list[Record]) -> list[str]:
     """A line for each folder with images that no record names, but for those of train splits."""
     known = {path for record in records for path in (record.image_path, record.mask_path) if path}
-    within = {Path(record.image_path).parent.as_posix() for record in records}
-    found: Counter[str] = Counter()
+    found: Counter[Path] = Counter()
     for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and _word(Path(name)) not in TRAIN)
+        split = any(_word(Path(name)) in TEST for name in folders)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not (split and _word(Path(name)) in TRAIN)
+        )
         relative = Path(place).relative_to(root)
         if relative.as_posix() in known:  # several masks of one image
             continue
-        for name in files:
-            is_mask = relative.as_posix() in within  # beside the images that are read
-            if is_image(Path(place, name)) and (relative / name).as_posix() not in known and not is_mask:
-                found[relative.as_posix()] += 1
-    return [
-        f"{count} masks in {place} are of no image."
-        if any(_word(part) in MASKS for part in (Path(place), *Path(place).parents))
-        else f"{count} images in {place} are not read: no folder above them says whether they are good or bad."
-        for place, count in found.items()
-    ]
+        images = [Path(place, name) for name in files if is_image(Path(name))]
+        masks = set(masks_beside(images).values())
+        for image in images:
+            if image not in masks and image.relative_to(root).as_posix() not in known:
+                found[relative] += 1
+    return [f"{count} {_why_unread(root, place)}" for place, count in found.items()]
+
+
+def _why_unread(root: Path, place: Path) -> str:
+    above = [place, *place.parents]
+    if any(_word(part) in MASKS for part in above):
+        return f"masks in {place.as_posix()} are of no image."
+    words = f"images in {place.as_posix()} are not read: "
+    if not any(_word(part) in TEST for part in above) and any(_called(root / part, TEST) for part in above):
+        return f"{words}the test split beside them is."
+    return f"{words}no folder above them says whether they are good or bad."
+
+
+def _has_images(folder: Path) -> bool:
+    return any(is_image(Path(name)) for _, _, files in os.walk(folder) for name in files)
+
+
+def _like(folder: Path, name: str) -> Path | None:
+    """A folder in a folder that is called so, or so but for case, - and spaces."""
+    exact = folder / name
+    return exact if exact.is_dir() else _called(folder, (_word(exact),))
 
 
 def _called(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 from dataset.files import write_text
 from dataset.words import is_harmless
 
+# What a line of a list may say of an image.
+LISTED = ("image_path", "label", "class_name", "mask_path")
 # Characters of a name or a path in a list.
 LONGEST = 4096
 
@@ -26,7 +28,8 @@ LONGEST = 4096
 class Record:
     """One image: `label` 0 normal or 1 anomalous; `mask_path` None for normal and for maskless images.
 
-    `bits` of the image's values, if its file has 16: how it is read, not which it is.
+    `bits` of the image's values, if its file has 16, and whether masks of its set are `lossy`, see `read_mask_pixels`:
+    how its files are read, not which they are.
     """
 
     image_path: str
@@ -34,6 +37,7 @@ class Record:
     class_name: str
     mask_path: str | None = None
     bits: int = field(default=16, repr=False, compare=False)
+    lossy: bool = field(default=False, repr=False, compare=False)
 
 
 def read_records(metadata: Path) -> list[Record]:
@@ -50,6 +54,10 @@ def read_records(metadata: Path) -> list[Record]:
     ]
     if not records:
         raise ValueError(f"{metadata}: no records; expected one JSON object a line.")
+    labels: dict[str, int] = {}
+    for record in records:
+        if labels.setdefault(os.path.normpath(record.image_path), record.label) != record.label:
+            raise ValueError(f"{metadata}: '{record.image_path}' is normal in one entry and anomalous in another.")
     return records
 
 
@@ -189,7 +197,7 @@ def check_paths(records: list[Record], folder: Path, follow_links: bool = False)
     missing = [path for path in missing if path not in masks or not os.path.isdir(os.path.join(folder, path))]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of the images and masks in its list are not there, the first is '{missing[0]}'"
+            f"{folder}: {len(missing)} of its images and masks are not there, the first is '{missing[0]}'"
             f"{_beside(Path(folder, missing[0]))}. "
             f"All of them: python -m dataset.check {shlex.quote(str(folder))}{os.sep}"
         )
@@ -222,9 +230,7 @@ def link_target(folder: Path, path: str) -> str | None:
 
 def write_records(path: Path, records: list[Record]) -> None:
     """Write `records` as JSON lines: all of them, or nothing."""
-    lines = (
-        json.dumps({k: v for k, v in asdict(record).items() if v is not None and k != "bits"}) for record in records
-    )
+    lines = (json.dumps({k: v for k in LISTED if (v := getattr(record, k)) is not None}) for record in records)
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 

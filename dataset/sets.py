@@ -14,8 +14,8 @@ from typing import Any
 
 from dataset.constants import BLUR, DATA_SETS, DataSetInfo, describe_class
 from dataset.demo.build import DEMO_SETS, check_version
-from dataset.layouts import LAYOUTS
-from dataset.own import NORMAL, own_records, products, unread
+from dataset.layouts import LAYOUTS, check_owners
+from dataset.own import ANOMALOUS, NORMAL, has_test_split, own_records, products, unread
 from dataset.records import Record, check_paths, few_shot, read_records
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ FULL = "full-shot.jsonl"
 LISTS = (".jsonl", ".json")
 # The layout of sets that lie as own images may, see `dataset.own`.
 OWN = "own"
+# Behind the name of a known set whose folder holds what it does not.
+OWN_SUFFIX = "_own"
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def find_dataset(name: str, data_root: str | Path) -> Place:
             f"{folder} is called as {source} and holds what that does not ({', '.join(own)}), so all of it is taken "
             "for own images. Rename the folder, or move them elsewhere."
         )
-        return Place(f"{source}_own", f"{source}_own", folder, None, note)
+        return Place(source + OWN_SUFFIX, source + OWN_SUFFIX, folder, None, note)
     return Place(source, source, folder, metadata)
 
 
@@ -214,9 +216,9 @@ def _own_products(source: str, folder: Path) -> list[str]:
     if info is None or info.layout is None:
         return []
     found = [product.name for product in products(folder) if product == folder or product.name not in info.classes]
-    if found and not has_product_folders(info) and any(official_records(info, folder)):
-        return []  # which lies as it should, in folders that a product might have
-    return found
+    if not found or has_product_folders(info) or (info.layout == OWN and not has_test_split(folder)):
+        return found
+    return [] if official_records(info, folder) else found  # it lies as it should, in folders that a product might have
 
 
 def has_product_folders(info: DataSetInfo) -> bool:
@@ -229,7 +231,9 @@ def official_records(info: DataSetInfo, folder: Path) -> list[Record]:
     if info.layout is None:
         return []
     if info.layout != OWN:
-        return list(LAYOUTS[info.layout](folder, list(info.classes)))
+        records = list(LAYOUTS[info.layout](folder, list(info.classes)))
+        check_owners(records)
+        return records
     found = own_records(folder)
     if len(info.classes) == 1:
         return named(found, next(iter(info.classes)))
@@ -313,12 +317,24 @@ def read_place(place: Place, follow_links: bool = False) -> list[Record]:
     Raises FileNotFoundError where a file is missing, ValueError for one outside the folder unless `follow_links`.
     """
     records = read_records(place.metadata) if place.metadata else list_folder(place)
+    if place.metadata and (others := _not_listed(place, records)):
+        logger.warning("%s: not in the list %s, so not read: %s.", place.folder, place.metadata, ", ".join(others))
     if place.note:
         logger.warning("%s", place.note)
     if place.is_own:
         _report_own(place.folder, records)
     check_paths(records, place.folder, follow_links)
     return records
+
+
+def _not_listed(place: Place, records: list[Record]) -> list[str]:
+    """Products in the folder of a data set of which its whole list says nothing."""
+    info = DATA_SETS.get(place.source)
+    if place.metadata is None or place.name != place.source or (info and not has_product_folders(info)):
+        return []
+    listed = {Path(record.image_path).parts[0] for record in records}
+    found = [product for product in products(place.folder) if product != place.folder]
+    return [product.name for product in found if product.name not in listed]
 
 
 def _report_own(folder: Path, records: list[Record]) -> None:
@@ -329,6 +345,14 @@ def _report_own(folder: Path, records: list[Record]) -> None:
         logger.info(
             "%s: %d normal images, %d anomalous ones, %d masks in its folder.", class_name, normal, anomalous, masks
         )
+        if not anomalous:
+            logger.warning(
+                "%s: no image is anomalous: folders called %s are, those of a test split that are not called %s, and "
+                "those that a folder of masks is called as.",
+                class_name,
+                ", ".join(ANOMALOUS),
+                ", ".join(NORMAL),
+            )
         if not normal:
             kinds = sorted({Path(record.image_path).parent.name for record in own})
             logger.warning(
@@ -369,7 +393,13 @@ def count_images(records: list[Record]) -> dict[str, tuple[int, int]]:
 def count_differences(source: str, records: list[Record]) -> list[str]:
     """What is to be said of each class of a known data set whose number of images is not the published one."""
     found, info = count_images(records), DATA_SETS.get(source)
-    return [
+    lines = []
+    if info and info.layout and not info.counts:  # with published numbers the line of each class says it
+        missing = [name for name in info.classes if name not in found]
+        lines = (
+            [f"{len(missing)} of {len(info.classes)} classes have no images: {', '.join(missing)}"] if missing else []
+        )
+    return lines + [
         "{}: {} normal and {} anomalous images, published are {} and {}".format(
             class_name, *found.get(class_name, (0, 0)), *expected
         )
@@ -393,7 +423,8 @@ def draw_few_shot(data: DataSet, shot: int, seed: int, class_name: str | None = 
                     f"'{min(record.image_path for record in others)}'. Move it away, and --seed draws another."
                 )
             logger.info("%s: the %d images of %s; --seed draws none.", data.name, len(records), path)
-            return records
+            known = {record: record for record in data.records}  # which know how their files are read
+            return [known[record] for record in records]
     return few_shot(data.records, shot, seed)
 
 

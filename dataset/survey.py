@@ -1,16 +1,18 @@
 """All files of a data set are read once before it is used: what is broken is found, and what holds of all is said."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from statistics import median
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from dataset.images import bits_for, brightest, pages, read_pixels, readers
+from dataset.images import MaskPixels, bits_for, brightest, pages, read_pixels, readers
 from dataset.records import Record
 from dataset.sets import DataSet
+from dataset.words import on_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +20,31 @@ T = TypeVar("T")
 U = TypeVar("U")
 # Names of files in one message.
 SHOWN = 5
+# Share of masks from which on all grey ones of a data set are cut: of small defects a lossy mask does not show it.
+LOSSY = 0.1
+# Share of an image above which a defect is doubted.
+WHOLE = 0.75
+
+
+class SeenMask(NamedTuple):
+    """Of a mask: whether it is `cut` or `grey`, see `MaskPixels`, and the `share` of it that is defect."""
+
+    name: str
+    cut: bool
+    grey: bool
+    share: float
+
+    @classmethod
+    def of(cls, name: str, mask: MaskPixels) -> "SeenMask":
+        return cls(name, mask.cut, mask.grey, mask.defect.mean().item())
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of one record: what is wrong with it, and what is to be said of its mask and its image.
-
-    `cut` and `resized`: of the mask, see `MaskPixels`, and whether it has another size than the image.
-    """
+    """What was seen of one record: what is wrong with it, its mask and whether that has another size, its pages."""
 
     problem: str | None = None
-    cut: bool = False
+    mask: SeenMask | None = None
     resized: bool = False
     pages: int = 1
 
@@ -41,12 +57,15 @@ def surveyed(data: DataSet, bits: int | None, skip_broken: bool) -> DataSet:
 def survey(folder: Path, records: list[Record], skip_broken: bool = False) -> list[Record]:
     """Read every image and mask, say what is to be said, and give the records that are not broken.
 
-    Raises ValueError that names the first broken file, unless `skip_broken`, and where nothing is left.
+    They say as well whether their masks are lossy. Raises ValueError that names the first broken file, unless
+    `skip_broken`, and where nothing is left.
     """
     looks = list(_in_threads(lambda record: look_at(folder, record), records, "checking images and masks"))
     for words in remarks(records, looks):
         logger.warning("%s: %s", folder, words)
     broken = [look.problem for look in looks if look.problem]
+    if is_lossy_set([look.mask for look in looks if look.mask]):
+        records = [replace(record, lossy=True) for record in records]
     if not broken:
         return records
     if not skip_broken:
@@ -69,61 +88,101 @@ def look_at(folder: Path, record: Record) -> Look:
         return Look(problem=str(error))
     if mask is None:
         return Look(pages=held)
-    return Look(cut=mask.cut, resized=mask.defect.shape[::-1] != image.size, pages=held)
+    seen = SeenMask.of(str(record.mask_path), mask)
+    return Look(mask=seen, resized=mask.defect.shape[::-1] != image.size, pages=held)
+
+
+def is_lossy_set(masks: list[SeenMask]) -> bool:
+    """Whether so many masks are cut that the grey ones among the others are cut as well."""
+    return sum(mask.cut for mask in masks) > LOSSY * len(masks)
 
 
 def remarks(records: list[Record], looks: list[Look]) -> list[str]:
     """What is said of many files at once."""
     pairs = list(zip(records, looks, strict=True))
     masks = sum(record.mask_path is not None for record in records)
-    found = [cut_words(cut, masks)] if (cut := sum(look.cut for look in looks)) else []
+    found = mask_words([look.mask for look in looks if look.mask])
     if resized := [record.mask_path for record, look in pairs if look.resized]:
         found.append(
             f"{len(resized)} of {masks} masks have another size than their image, and are stretched to it: "
             f"{named_few(resized)}"
         )
     if several := [record.image_path for record, look in pairs if look.pages > 1]:
+        found.append(pages_words(several))
+    return found
+
+
+def mask_words(masks: list[SeenMask]) -> list[str]:
+    """What is said of masks that are grey, or defect nearly all over."""
+    cut, grey = sum(mask.cut for mask in masks), sum(mask.grey and not mask.cut for mask in masks)
+    found = []
+    if cut:
+        lossy = is_lossy_set(masks)
+        what = "pixels brighter than half are taken for defect."
+        if grey and not lossy:
+            what = f"of these, {what} Of {grey} others that are grey, all that is not black is."
         found.append(
-            f"{len(several)} images are files of several pages, the first of which is read: {named_few(several)}"
+            f"{cut + grey * lossy} of {len(masks)} masks are grey around their edges, as lossy compression or resizing "
+            f"leaves them; {what}"
+        )
+    if whole := [mask.name for mask in masks if mask.share > WHOLE]:
+        found.append(
+            f"{len(whole)} of {len(masks)} masks call more than {WHOLE:.0%} of their image a defect: "
+            f"{named_few(whole)}. Are they inverted, or no masks?"
         )
     return found
 
 
-def cut_words(cut: int, masks: int) -> str:
-    """What is said of masks that are cut."""
-    return (
-        f"{cut} of {masks} masks are grey around their edges, as lossy compression or resizing leaves them; "
-        "pixels brighter than half are taken for defect."
-    )
+def pages_words(several: Sequence[object]) -> str:
+    """What is said of files of several pages."""
+    return f"{len(several)} images are files of several pages, the first of which is read: {named_few(several)}"
 
 
 def named_few(names: Iterable[object]) -> str:
     """The first names of many."""
-    known = [str(name) for name in names]
+    known = [on_one_line(str(name)) for name in names]
     return ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
 
 
-def with_bits(folder: Path, records: list[Record], bits: int | None, of: list[Record] | None = None) -> list[Record]:
-    """The records, to be read with so many bits; None for those of the brightest value among all images `of` their set.
+def with_bits(folder: Path, records: list[Record], bits: int | None) -> list[Record]:
+    """The records, to be read with so many bits; None for those of the brightest value in all of them.
 
     One depth for all, so that no image is brighter than another only for being alone.
     """
     if bits is None:
-        highest = found_brightest([folder / record.image_path for record in of or records])
-        bits = 16 if highest is None else bits_for(highest)
-        if bits < 16:
+        depth = found_depth([folder / record.image_path for record in records])
+        bits = depth.bits if depth else 16
+        if depth and bits < 16:
             logger.warning(
                 "%s: its images of 16 bits have values up to %d, so they are taken for images of %d bits. "
                 "--bits says otherwise.",
                 folder,
-                highest,
+                depth.highest,
                 bits,
             )
+        if depth and depth.usual < bits:
+            logger.warning("%s: %s", folder, usual_words(depth))
     return records if bits == 16 else [replace(record, bits=bits) for record in records]
 
 
-def found_brightest(paths: list[Path]) -> int | None:
-    """The highest value in all files of 16 bits, None where all have 8; a file that cannot be read says nothing."""
+class Depth(NamedTuple):
+    """Bits of the files of 16 bits among some: of the `highest` value in all, and those that do for half of them."""
+
+    bits: int
+    highest: int
+    usual: int
+
+
+def usual_words(depth: Depth) -> str:
+    """What is said where few files alone need so many bits."""
+    return (
+        f"most images of 16 bits have {depth.usual} bits, but one has values up to {depth.highest}, so all are read as "
+        f"of {depth.bits}, and most are dark. If that one is a fault, --bits {depth.usual} finds it."
+    )
+
+
+def found_depth(paths: list[Path]) -> Depth | None:
+    """The depth of all files of 16 bits, None where all have 8; a file that cannot be read says nothing."""
 
     def look(path: Path) -> int | None:
         try:
@@ -132,7 +191,8 @@ def found_brightest(paths: list[Path]) -> int | None:
             return None
 
     values = _in_threads(look, paths, "looking for images of 16 bits")
-    return max((value for value in values if value is not None), default=None)
+    found = [value for value in values if value is not None]
+    return Depth(bits_for(max(found)), max(found), bits_for(int(median(found)))) if found else None
 
 
 def _in_threads(look: Callable[[T], U], things: list[T], title: str) -> Iterator[U]:

@@ -106,8 +106,8 @@ def test_missing_root_shows_the_expected_tree(tmp_path):
     [
         (lambda s: s[2].pop("label"), ValueError, "line 3: .*label is missing"),
         (lambda s: s[2].update(label=2), ValueError, "line 3: label is 2"),
-        (lambda s: s[0].update(image_path="gone.png"), FileNotFoundError, "1 of the images .* 'gone.png'"),
-        (lambda s: s[5].update(mask_path="gone.png"), FileNotFoundError, "1 of the images .* 'gone.png'"),
+        (lambda s: s[0].update(image_path="gone.png"), FileNotFoundError, "1 of its images .* 'gone.png'"),
+        (lambda s: s[5].update(mask_path="gone.png"), FileNotFoundError, "1 of its images .* 'gone.png'"),
         (lambda s: s[0].update(image_path="../x.png"), ValueError, "line 1: .*outside"),
         (lambda s: s[0].update(image_path="/etc/passwd"), ValueError, "line 1: .*outside"),
         (lambda s: s[0].update(image_path="candle/../../x.png"), ValueError, "line 1: .*outside"),
@@ -117,6 +117,11 @@ def test_missing_root_shows_the_expected_tree(tmp_path):
         (lambda s: s[1].update(class_name=0), ValueError, "line 2: class_name is 0"),
         (lambda s: s[1].update(image_path=""), ValueError, "line 2: image_path is ''"),
         (lambda s: s.clear(), ValueError, "no records"),
+        (
+            lambda s: s.append(s[0] | {"label": 1, "image_path": f"./{s[0]['image_path']}"}),
+            ValueError,
+            "is normal in one entry and anomalous in another",
+        ),
     ],
 )
 def test_bad_lines_are_named(root, change, kind, message):

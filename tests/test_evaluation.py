@@ -209,3 +209,11 @@ def test_a_calibration_is_held_out_only_where_the_base_saw_none_of_it(scripts, b
         folder = tmp_path / f"on_{dataset}"
         assert scripts(*command, "--loops", "1", "--device", "cpu", "--save_path", folder, data_root=tmp_path) == 0
         assert load_checkpoint(folder / "loop_1.pth").calibration.held_out == held_out
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"), [("VisA", True), ("VisA_own", True), ("MVTec", False), ("MVTec_own", False)]
+)
+def test_own_images_in_a_folder_called_as_a_known_set_count_as_that(source, seen):
+    contender = results_at("run/loop_1.pth", 0.5).contender
+    assert contender.was_trained_on(SimpleNamespace(source=source)) is seen

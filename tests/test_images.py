@@ -323,7 +323,7 @@ def test_lossy_masks_are_said_once_and_give_the_metrics_of_true_ones(scripts, ro
     monkeypatch.setattr(sys, "argv", ["check", "small", "--data_root", str(root)])
     assert check.main() == 1
     said = capsys.readouterr().out
-    assert "grey masks: small, 8 of 8 masks are grey" in said and "all well" not in said
+    assert "doubtful masks: small, 8 of 8 masks are grey" in said and "all well" not in said
 
 
 def test_truncated_and_empty_files_are_named(tmp_path):

@@ -20,6 +20,7 @@ from dataset.loading import cache_images
 from dataset.prepare import prepare, write_metadata
 from dataset.records import Record, write_records
 from dataset.sets import OWN, find_dataset, open_all, open_dataset, read_place
+from dataset.survey import survey
 from dataset.transforms import Transform
 from tests.conftest import listing
 
@@ -372,10 +373,10 @@ def test_a_list_that_names_other_images_is_kept(tmp_path, command, caplog):
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("MVTec", "grid/ground_truth/glue/010_mask.png", r"1 of the images and masks .*'grid/.*/010_mask.png'"),
-        ("VisA", "candle/Data/Masks/Anomaly/000.png", r"1 of the images and masks .*candle/Data/Masks/Anomaly/000.png"),
+        ("MVTec", "grid/ground_truth/glue/010_mask.png", r"1 of its images and masks .*'grid/.*/010_mask.png'"),
+        ("VisA", "candle/Data/Masks/Anomaly/000.png", r"1 of its images and masks .*candle/Data/Masks/Anomaly/000.png"),
         ("VisA", "split_csv/1cls.csv", "1cls.csv: no such file. It belongs to VisA's download"),
-        ("Colon_Kvasir", "masks/1.png", r"1 of the images and masks .* the first is 'masks/1_mask.png'"),
+        ("Colon_Kvasir", "masks/1.png", r"1 of its images and masks .* the first is 'masks/1_mask.png'"),
     ],
 )
 def test_an_incomplete_download_is_named(tmp_path, name, spoil, message):
@@ -432,6 +433,7 @@ def test_a_folder_without_normal_images_is_said_loudly(tmp_path, caplog):
         ("mvtec_ad", ("gearbox/OK/0.png", "gearbox/NG/1.png"), "gearbox"),
         ("Brain", ("good/0.png", "bad/1.png"), "Brain"),
         ("VisA", ("parts/good/0.png", "parts/bad/1.png"), "parts"),
+        ("KSDD2", ("good/0.png", "bad/1.png"), "KSDD2"),
     ],
 )
 def test_own_products_in_a_folder_that_is_called_as_a_known_set(tmp_path, command, caplog, capsys, name, images, own):
@@ -493,6 +495,135 @@ def test_several_masks_of_an_image_count_together(tmp_path):
     Image.new("L", (9, 9), 255).save(path)
     with pytest.raises(ValueError, match=r"000: not readable as a mask \(expected masks of one size in it"):
         read_record(data.folder, data.records[1])
+
+
+# What people have: files, and (image, label, mask) of the images that are read. Masks: files called *_m*, or in masks.
+UNTIDY = {
+    "masks beside images": (
+        ("bolt/good/0.png", "bolt/good/0_mask.png", "bolt/bad/1.png", "bolt/bad/1_mask.png", "bolt/bad/2.png"),
+        {("bolt/good/0.png", 0, None), ("bolt/bad/1.png", 1, "bolt/bad/1_mask.png"), ("bolt/bad/2.png", 1, None)},
+    ),
+    "masks beside images of a test split": (
+        ("bolt/test/good/0.png", "bolt/test/bent/1.png", "bolt/test/bent/1_gt.png"),
+        {("bolt/test/good/0.png", 0, None), ("bolt/test/bent/1.png", 1, "bolt/test/bent/1_gt.png")},
+    ),
+    "kinds of one name but for a space": (
+        *(("b/test/good/0.png", "b/test/big hole/1.png", "b/test/big-hole/1.png", "b/masks/big hole/1.png")),
+        "b/masks/big-hole/1.png",
+        {
+            ("b/test/good/0.png", 0, None),
+            ("b/test/big hole/1.png", 1, "b/masks/big hole/1.png"),
+            ("b/test/big-hole/1.png", 1, "b/masks/big-hole/1.png"),
+        },
+    ),
+    "a kind that is called as masks are": (
+        ("cap/test/good/0.png", "cap/test/label/1.png", "cap/ground_truth/label/1_mask.png"),
+        {("cap/test/good/0.png", 0, None), ("cap/test/label/1.png", 1, "cap/ground_truth/label/1_mask.png")},
+    ),
+    "products that are called as splits and masks are": (
+        ("train/good/0.png", "train/bad/1.png", "label/good/2.png", "label/bad/3.png"),
+        {("train/good/0.png", 0, None), ("train/bad/1.png", 1, None)}
+        | {("label/good/2.png", 0, None), ("label/bad/3.png", 1, None)},
+    ),
+    "folders within kinds": (
+        *(("nut/good/lot 1/0.png", "nut/good/lot 2/0.png", "nut/bad/crack/1.png", "nut/bad/hole/1.png")),
+        *(("nut/masks/bad/crack/1.png", "nut/masks/bad/hole/1.png")),
+        {("nut/good/lot 1/0.png", 0, None), ("nut/good/lot 2/0.png", 0, None)}
+        | {(f"nut/bad/{kind}/1.png", 1, f"nut/masks/bad/{kind}/1.png") for kind in ("crack", "hole")},
+    ),
+    "products of several depths": (
+        ("lines/a/nut/good/0.png", "lines/a/nut/NG/1.png", "cap/OK/2.png", "cap/NG/3.png"),
+        {("lines/a/nut/good/0.png", 0, None), ("lines/a/nut/NG/1.png", 1, None)}
+        | {("cap/OK/2.png", 0, None), ("cap/NG/3.png", 1, None)},
+    ),
+    "products within the test split": (
+        ("test/nut/good/0.png", "test/nut/bad/1.png", "test/cap/good/2.png", "train/nut/good/3.png"),
+        {("test/nut/good/0.png", 0, None), ("test/nut/bad/1.png", 1, None), ("test/cap/good/2.png", 0, None)},
+    ),
+    "images and masks": (
+        ("polyps/images/0.jpg", "polyps/images/1.jpg", "polyps/masks/1.jpg"),
+        {("polyps/images/0.jpg", 0, None), ("polyps/images/1.jpg", 1, "polyps/masks/1.jpg")},
+    ),
+    "images and masks of a test split, with tables of labels": (
+        ("polyps/test/images/0.jpg", "polyps/test/images/1.jpg", "polyps/test/masks/1.jpg", "polyps/test/labels/1.txt"),
+        {("polyps/test/images/0.jpg", 0, None), ("polyps/test/images/1.jpg", 1, "polyps/test/masks/1.jpg")},
+    ),
+    "masks of some kinds only": (
+        ("nut/good/0.png", "nut/bad/5.png", "nut/masks/5.png", "nut/masks/old/9.png"),
+        {("nut/good/0.png", 0, None), ("nut/bad/5.png", 1, "nut/masks/5.png")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTIDY)
+def test_untidy_trees_are_read_as_a_person_would(tmp_path, name):
+    *files, expected = UNTIDY[name]
+    files = [file for part in files for file in ([part] if isinstance(part, str) else part)]
+    for file in files:
+        if file.endswith(".txt"):
+            (tmp_path / "desk" / file).parent.mkdir(parents=True)
+            (tmp_path / "desk" / file).write_text("0 0.5 0.5 0.1 0.1", encoding="utf-8")
+        else:
+            picture(tmp_path / "desk" / file, mask="mask" in file or "_gt" in file)
+    found = open_dataset("desk", tmp_path).records
+    assert {(record.image_path, record.label, record.mask_path) for record in found} == expected
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("test/crack/0.png", "test/hole/0.png", "masks/0.png"), "masks/0.png: the mask of test/crack/0.png or of"),
+        (("good/1.png", "bad/0.png", "masks/bad/0.png", "masks/bad/0.jpg"), "is its mask .*0.jpg or 0.png"),
+        (("good/1.png", "bad/0.png", "bad/0_mask.png", "masks/bad/0.png"), "is its mask .* Keep one of them"),
+        (("test/0.png", "test/1.png", "masks/0.png", "masks/1_defect.png"), "1_defect.png: the mask of no image in"),
+    ],
+)
+def test_masks_that_are_of_several_images_or_of_none_are_refused(tmp_path, files, message):
+    for file in files:
+        picture(tmp_path / "bolt" / file, mask="mask" in file)
+    with pytest.raises(ValueError, match=message):
+        open_dataset("bolt", tmp_path)
+
+
+def test_what_is_not_read_is_said_with_the_reason(tmp_path, caplog):
+    pictures(tmp_path / "nut", "test/good/0.png", "test/bent/1.png", "test/overview.png", "good/2.png", "other/3.png")
+    pictures(tmp_path / "cap", "OK/1.png")
+    open_dataset("nut", tmp_path)
+    for line in (
+        "1 images in test are not read: no folder above them says",
+        "1 images in good are not read: the test split beside them is.",
+        "1 images in other are not read: the test split beside them is.",
+    ):
+        assert line in caplog.text
+    open_dataset("cap", tmp_path)
+    assert "cap: no image is anomalous: folders called bad," in caplog.text
+
+
+def test_a_broken_mask_of_a_flat_set_is_left_for_the_survey(tmp_path):
+    ksdd2_tree(tmp_path / "KSDD2")
+    (tmp_path / "KSDD2/test/2_GT.png").write_bytes(b"no image")
+    data = open_dataset("KSDD2", tmp_path)
+    assert [record.label for record in data.records] == [0, 1]
+    with pytest.raises(ValueError, match=r"2_GT.png: not readable as a mask"):
+        survey(data.folder, data.records)
+
+
+def test_classes_that_are_not_there_are_said(tmp_path, caplog):
+    dagm_tree(tmp_path / "DAGM")
+    pictures(tmp_path / "DAGM", "Class2/Test/1.PNG")  # whose labels are missing
+    open_dataset("DAGM", tmp_path)
+    assert "9 of 10 classes have no images: Class2, Class3" in caplog.text
+
+
+def test_products_that_a_list_does_not_name_are_said(tmp_path, caplog):
+    folder, build = TREES["MVTec"]
+    build(tmp_path / folder)
+    prepare("MVTec", tmp_path)
+    pictures(tmp_path / folder, "gearbox/test/good/0.png", "gearbox/test/bent/1.png")
+    data = open_dataset("MVTec", tmp_path)
+    assert set(data.descriptions) == {"bottle", "grid"}
+    assert "full-shot.jsonl, so not read: gearbox." in caplog.text
 
 
 @pytest.mark.parametrize("masks", ["ground_truth", "Ground_Truth", "GroundTruth", "masks", "Masks", "gt", "label"])
@@ -627,7 +758,8 @@ def test_check_lists_every_kind_of_fault(tmp_path, command, capsys):
     assert found[3] == "size mismatch: ground_truth/bent/1.png is 4 x 8, its image 8 x 8"
     assert found[4].startswith("unreadable mask: ground_truth/bent/2.png: not readable as a mask")
     assert found[5:7] == ["missing mask: ground_truth/bent/3.png", "missing image: test/bent/4.png"]
-    assert found[7:] == ["same image: test/good/2.png, train/good/9.png", "8 problems found; 7 images are readable."]
+    assert found[7].startswith("doubtful masks: bolts, 1 of 3 masks call more than 75% of their image a defect: 1.png.")
+    assert found[8:] == ["same image: test/good/2.png, train/good/9.png", "9 problems found; 7 images are readable."]
 
 
 def test_check_compares_data_sets_and_is_quiet_where_all_is_well(tmp_path, command, capsys, caplog):

@@ -93,6 +93,34 @@ def test_what_cannot_be_written_of_one_image_stops_no_other(scripts, run, images
     assert len(list((tmp_path / "out").glob("*.npy"))) == 2
 
 
+def test_what_was_judged_before_a_stop_is_written(scripts, run, images, tmp_path, monkeypatch, capsys):
+    judged = Detector.__call__
+    calls = []
+
+    def stop(self, image):
+        calls.append(image)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return judged(self, image)
+
+    monkeypatch.setattr(Detector, "__call__", stop)
+    words = [
+        "predict",
+        "--ckpt",
+        run / "loop_1.pth",
+        "--images",
+        images,
+        "--device",
+        "cpu",
+        "--save_path",
+        tmp_path / "p",
+    ]
+    assert scripts(*words) == 1
+    assert "Stopped." in capsys.readouterr().err
+    with open(tmp_path / "p" / "predictions.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
 def test_a_model_that_is_named_twice_judges_once(scripts, run, images, tmp_path):
     assert (
         predict(scripts, "--ckpt", run, run / "loop_1.pth", "--images", images / "a.png", "--save_path", tmp_path) == 0

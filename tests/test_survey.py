@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dataset import check
-from dataset.images import brightest, read_image, take_pixels
+from dataset.images import brightest, read_image, read_record, take_pixels
 from dataset.loading import AnomalyDataset, cache_images
 from dataset.records import Record
 from dataset.sets import open_dataset
@@ -54,17 +54,31 @@ def test_a_depth_is_that_of_the_whole_set(root, caplog, colour, bits):
     plain = [Image.open(folder / record.image_path).convert("RGB" if colour else "L") for record in records]
     before = [np.asarray(image.convert("RGB")) for image in plain]
     deepen(folder, bits, colour)
-    found = with_bits(folder, records[:3], None, of=records)  # also where few are drawn
+    found = with_bits(folder, records, None)
     assert {record.bits for record in found} == {bits}
     assert caplog.text.count(f"taken for images of {bits} bits") == (bits < 16)
-    for record, pixels in zip(found, before, strict=False):
+    for record, pixels in zip(found, before, strict=True):
         assert np.abs(np.asarray(read_image(folder / record.image_path, record.bits)).astype(int) - pixels).max() <= 1
     assert {record.bits for record in with_bits(folder, records, 14)} == {14}
-    assert found == records[:3] and repr(found) == repr(records[:3])  # the same images, read in another way
+    assert found == records and repr(found) == repr(records)  # the same images, read in another way
     if bits == 16:
         with pytest.raises(ValueError, match="which are more than 12 bits; give another --bits"):
             for record in with_bits(folder, records, 12):
                 read_image(folder / record.image_path, record.bits)
+
+
+def test_one_bright_pixel_among_dark_images_is_said(root, caplog, monkeypatch, capsys):
+    deepen(root / "small", 12)
+    data = open_dataset("small", root)
+    path = data.folder / data.records[0].image_path
+    values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    values[0, 0] = 65535
+    cv2.imwrite(str(path), values)
+    assert {record.bits for record in with_bits(data.folder, data.records, None)} == {16}
+    assert "most images of 16 bits have 12 bits, but one has values up to 65535" in caplog.text
+    monkeypatch.setattr(sys, "argv", ["check", "small", "--data_root", str(root)])
+    assert check.main() == 1
+    assert "dark images: small, most images of 16 bits have 12 bits" in capsys.readouterr().out
 
 
 def test_images_of_8_bits_have_no_depth(root):
@@ -121,7 +135,7 @@ def test_known_good_images_have_the_depth_of_the_set(root, run):
     Image.open(path).convert("L").save(path)
     expected = detector.seeing({"candle": [path]}).known["candle"]
     deepen(root / "small", 12)
-    dark, bright = (detector.seeing({"candle": [path]}, bits).known["candle"] for bits in (16, 12))
+    dark, bright = (replace(detector, bits=bits).seeing({"candle": [path]}).known["candle"] for bits in (16, 12))
     for level, other, wrong in zip(expected, bright, dark, strict=True):
         assert 10 * (level - other).abs().mean() < (level - wrong).abs().mean()
 
@@ -183,7 +197,7 @@ def test_pages_and_sizes_of_masks_are_said_once(root, caplog, monkeypatch, capsy
     assert np.array_equal(np.asarray(read_image(folder / "candle" / "0_0.tif")), np.asarray(first))
     monkeypatch.setattr(sys, "argv", ["check", "small", "--data_root", str(root)])
     assert check.main() == 1
-    assert "several pages: small, 1 images: candle/0_0.tif" in capsys.readouterr().out
+    assert "several pages: small, 1 images are files of several pages" in capsys.readouterr().out
 
 
 def test_more_pixels_are_read_where_that_is_asked_for(tmp_path, monkeypatch):
@@ -214,6 +228,46 @@ def test_results_go_where_they_are_asked_to(scripts, run, tmp_path, data_root, c
     (tmp_path / "file").touch()
     assert scripts(*command, "--save_path", tmp_path / "file") == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+# masks
+
+
+def test_in_a_lossy_set_every_grey_mask_is_cut(tmp_path, caplog):
+    """Discs show that they were resized; a thin scratch and a spot alone do not."""
+    y, x = np.mgrid[:200, :200]
+    true = {f"disc{n}": (y - 60 - n) ** 2 + (x - 70) ** 2 < 30**2 for n in range(3)}
+    true |= {f"scratch{n}": (abs(y - x + n) < 4) & (x > 20) & (x < 180) for n in range(3)}
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    records = []
+    for name, defect in true.items():
+        Image.new("RGB", (100, 100)).save(folder / f"{name}.png")
+        whole = Image.fromarray(defect.astype(np.uint8) * 255)
+        whole.resize((100, 100), Image.Resampling.BICUBIC).save(folder / f"{name}_mask.png")
+        records.append(Record(f"{name}.png", 1, "part", f"{name}_mask.png"))
+    found = survey(folder, records)
+    assert found == records and all(record.lossy for record in found)
+    assert "6 of 6 masks are grey around their edges" in caplog.text
+    for record, defect in zip(found, true.values(), strict=True):
+        share = (np.asarray(read_record(folder, record)[1]) > 0).mean()
+        assert share == pytest.approx(defect.mean(), rel=0.15)
+    caplog.clear()
+    alone = survey(folder, records[3:])  # of which none shows it
+    assert not any(record.lossy for record in alone) or "masks are grey" in caplog.text
+
+
+def test_masks_of_nearly_all_the_image_are_doubted(root, caplog, monkeypatch, capsys):
+    data = open_dataset("small", root)
+    record = next(record for record in data.records if record.mask_path)
+    path = data.folder / record.mask_path
+    Image.fromarray(255 - np.asarray(Image.open(path).convert("L"))).save(path)
+    assert survey(data.folder, data.records) == data.records
+    words = f"1 of 8 masks call more than 75% of their image a defect: {record.mask_path}. Are they inverted"
+    assert caplog.text.count(words) == 1
+    monkeypatch.setattr(sys, "argv", ["check", "small", "--data_root", str(root)])
+    assert check.main() == 1
+    assert "doubtful masks: small, 1 of 8 masks call" in capsys.readouterr().out
 
 
 # pixels

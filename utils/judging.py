@@ -39,13 +39,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Detector:
-    """A trained model that judges images of the classes of `text`; `known`, of good images, as in `encode`."""
+    """A trained model that judges images of the classes of `text`; `known`, of good images, as in `encode`.
+
+    `bits` of the values of images that it reads, if their files have 16.
+    """
 
     name: str
     model: CrossAttentionCLIP
     text: ClassText
     calibration: Calibration | None
     precision: str = "fp32"
+    bits: int = 16
     known: dict[str, list[Tensor]] | None = None
 
     @classmethod
@@ -56,9 +60,10 @@ class Detector:
         calibration: Calibration | None = None,
         precision: str = "fp32",
         name: str = "",
+        bits: int = 16,
     ) -> "Detector":
         """From a model whose text modules do not train meanwhile."""
-        return cls(name, model, ClassText(model, bank, fixed=True), calibration, precision)
+        return cls(name, model, ClassText(model, bank, fixed=True), calibration, precision, bits)
 
     @classmethod
     def load(
@@ -71,6 +76,7 @@ class Detector:
         clip_weights: str | Path | None = None,
         model_name: str | None = None,
         img_size: int | None = None,
+        bits: int = 16,
     ) -> "Detector":
         """From a loop file or the folder of a base; the rest as predict.py's flags of these names.
 
@@ -81,23 +87,22 @@ class Detector:
         named = {"model_name": model_name, "img_size": img_size}
         flags = {name: value for name, value in named.items() if value is not None}
         loader = ModelLoader(device_of(device), Path(clip_weights) if clip_weights else None, flags)
-        detectors = load_detectors([Path(ckpt)], class_name, domain, loader, precision)
+        detectors = load_detectors([Path(ckpt)], class_name, domain, loader, precision, bits)
         if len(detectors) > 1:
             raise ValueError(f"{ckpt}: a run of {len(detectors)} loops. Name one of its files.")
         return detectors[0]
 
-    def seeing(self, normal_images: dict[str, list[Path]], bits: int = 16) -> "Detector":
+    def seeing(self, normal_images: dict[str, list[Path]]) -> "Detector":
         """The same, with text cross-attention that sees images of each class which are known to be good.
 
-        `bits` of their values, as in `read_image`. A model that does not see them is returned as it is. Raises
-        ValueError where a file is not readable as an image.
+        A model that does not see them is returned as it is. Raises ValueError where a file is not readable as an image.
         """
         if not self.model.sees_known_images:
             return self
         transform = Transform(self.model.backbone.img_size)
         known = {}
         for name, paths in normal_images.items():
-            pixels = (transform(read_image(path, bits), None)[0][None] for path in paths)
+            pixels = (transform(read_image(path, self.bits), None)[0][None] for path in paths)
             seen = [
                 known_patches(self.model, image.to(self.model.backbone.device), name, self.text, self.precision)
                 for image in pixels
@@ -144,9 +149,9 @@ class Detector:
                 )
             image = Image.fromarray(np.ascontiguousarray(image))
         if isinstance(image, Image.Image):
-            picture, name = as_rgb(image), "the image"
+            picture, name = as_rgb(image, self.bits), "the image"
         else:
-            picture, name = read_image(Path(image)), str(image)
+            picture, name = read_image(Path(image), self.bits), str(image)
         pixels, _ = Transform(self.model.backbone.img_size)(picture, None)
         if len(self.text.bank.index) > 1:
             raise ValueError(
@@ -157,9 +162,9 @@ class Detector:
 
 
 def load_detectors(
-    paths: list[Path], class_name: str, domain: str, loader: ModelLoader, precision: str
+    paths: list[Path], class_name: str, domain: str, loader: ModelLoader, precision: str, bits: int
 ) -> list[Detector]:
-    """Detectors of all checkpoints that `paths` name, on one backbone, for images of one class.
+    """Detectors of all checkpoints that `paths` name, on one backbone, for images of one class with so many bits.
 
     Raises ValueError for a model that looks at another image than the one that it judges.
     """
@@ -175,7 +180,7 @@ def load_detectors(
     description, _ = describe_class("", class_name)
     bank = PromptBank(loader.backbone, {class_name: description}, domain)
     return [
-        Detector.of(model, bank, checkpoint.calibration, precision, name)
+        Detector.of(model, bank, checkpoint.calibration, precision, name, bits)
         for name, model, checkpoint in zip(checkpoint_names(checkpoints), models, checkpoints, strict=True)
     ]
 

@@ -52,10 +52,9 @@ class Bench:
     def detector(self, contender: Contender) -> Detector:
         """The model of a contender, ready to judge images of the data set."""
         fitted = contender.checkpoint.calibration
-        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name)
-        if not self.normal_images:
-            return detector
-        return detector.seeing(self.normal_images, self.data.records[0].bits)  # one number for the whole data set
+        bits = self.data.records[0].bits  # one number for the whole data set
+        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name, bits)
+        return detector.seeing(self.normal_images) if self.normal_images else detector
 
     def predictions(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.sets import DataSet, canonical_name
+from dataset.sets import OWN_SUFFIX, DataSet, canonical_name
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
 from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of, load_checkpoint
 from utils.files import unused_name
@@ -39,9 +39,13 @@ class Contender:
         return self.folder / self.checkpoint.stem.name
 
     def was_trained_on(self, data: DataSet) -> bool | str:
-        """Whether the model has seen this data set, "unknown" where its base does not tell."""
+        """Whether the model has seen this data set, "unknown" where its base does not tell.
+
+        Own images in a folder that is called as a known set count as that: either may have been trained on there.
+        """
         seen = {canonical_name(name) for name in self.checkpoint.seen()}
-        return data.source in seen or ("unknown" if "unknown" in seen else False)
+        known = data.source.removesuffix(OWN_SUFFIX)
+        return not seen.isdisjoint((data.source, known)) or ("unknown" if "unknown" in seen else False)
 
 
 class Wanted(NamedTuple):

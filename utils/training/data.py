@@ -55,14 +55,14 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
     where, links = machine.data_root, machine.follow_links
     prepare(settings.dataset, where, links)
     data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links)
+    data = replace(data, records=with_bits(data.folder, data.records, settings.bits))
     if machine.skip_broken:  # before any are drawn, or held out
         data = replace(data, records=survey(data.folder, data.records, skip_broken=True))
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
-    records = with_bits(data.folder, records, settings.bits, of=data.records)
     if not machine.skip_broken:
-        survey(data.folder, records)
+        records = survey(data.folder, records)
     train, held_out = _divide(records, settings)
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
