@@ -12,7 +12,9 @@ demo: .venv/installed
 	@echo '  $(BIN)/python train_cross_attention.py @ckpt/demo/feedback.args --feedback off --no_text_cross_attn --no_image_cross_attn --save_path ckpt/demo_longer'
 	@echo '  $(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth --control ckpt/demo_longer --dataset demo_test'
 
-# All tests, without network, in two processes; lint first, because it takes half a minute.
+# All tests, without network, in two processes; lint first, because it takes half a minute. Threads of one process
+# sleep while they wait, so as not to hold up the other.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 

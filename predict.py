@@ -13,6 +13,8 @@ In Python:
     verdict = detector("bolt.png")    # verdict.single_score, .probability, .anomalous, .map
 """
 
+import utils.threads  # noqa: F401, which decides before PyTorch is imported how its threads wait
+
 import argparse
 import glob
 import logging
@@ -25,7 +27,7 @@ import numpy as np
 from dataset.commands import name_argument, path_argument, show
 from dataset.constants import BLUR
 from dataset.files import check_place, replacing
-from dataset.images import IMAGE_SUFFIXES, is_image, pages, read_image, take_pixels
+from dataset.images import IMAGE_SUFFIXES, is_image, pages, read_image
 from dataset.layouts import known_good
 from dataset.survey import found_depth, pages_words
 from dataset.words import on_one_line
@@ -257,7 +259,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> int:
     args = parse_arguments()
-    take_pixels(args.max_pixels)
+    arguments.take_machine(args)
     for path in args.ckpt:
         check_there(path)
     check_place(args.save_path, "--save_path")

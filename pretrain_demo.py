@@ -8,6 +8,8 @@ a state: the same command run again goes on where it stopped. Finished weights, 
 measured, on fresh renders.
 """
 
+import utils.threads  # noqa: F401, which decides before PyTorch is imported how its threads wait
+
 import argparse
 import json
 import logging

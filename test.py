@@ -8,6 +8,8 @@ checkpoint (CSV), and beside the last one as a whole (JSON and LaTeX). --picture
 everything in one HTML file. --image_idx shows one image across the base and all loops, without metrics.
 """
 
+import utils.threads  # noqa: F401, which decides before PyTorch is imported how its threads wait
+
 import argparse
 import logging
 from dataclasses import replace

@@ -6,6 +6,8 @@ Writes AA-CLIP's text_adapter.pth and image_adapter.pth, and state.pth, train.lo
 again goes on where it stopped.
 """
 
+import utils.threads  # noqa: F401, which decides before PyTorch is imported how its threads wait
+
 import argparse
 import logging
 import shlex

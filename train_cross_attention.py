@@ -7,6 +7,8 @@ Writes loop_0.pth (the base) to loop_N.pth, state.pth, train.log and log.csv; th
 it stopped.
 """
 
+import utils.threads  # noqa: F401, which decides before PyTorch is imported how its threads wait
+
 import argparse
 import logging
 import zipfile

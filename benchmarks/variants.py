@@ -10,6 +10,8 @@ on the same images, and writes results/<name>.csv (every run), .md (tables, with
 how long that will take. What is trained already is not trained again: the same command goes on where it stopped.
 """
 
+from utils.threads import WAIT_POLICY
+
 import argparse
 import math
 import os
@@ -152,7 +154,7 @@ def _begin(job: Job, side_by_side: int) -> subprocess.Popen:
     command = [sys.executable, str(REPOSITORY / f"{job.script}.py"), *job.words]
     # Threads that wait for each other by spinning hold up whatever else runs.
     share = max(1, (os.cpu_count() or 1) // side_by_side)
-    threads = {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"} if side_by_side > 1 else {}
+    threads = {"OMP_NUM_THREADS": str(share), WAIT_POLICY: "PASSIVE"} if side_by_side > 1 else {}
     with open(job.log, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
+import torch
+
 from dataset.commands import add_data_root, path_argument
 from dataset.constants import BLUR
 from dataset.images import MOST_PIXELS, take_pixels
@@ -184,6 +186,11 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     group.add_argument("--device", default=default_device(), help="device PyTorch computes on")
     add_flag(group, "precision", str, PRECISION, DEFAULT_PRECISION)
     group.add_argument(
+        "--threads",
+        type=at_least(1, 1024),
+        help="that compute on the CPU; without it as many as PyTorch finds processors, or OMP_NUM_THREADS",
+    )
+    group.add_argument(
         "--max_pixels",
         type=at_least(1),
         default=MOST_PIXELS,
@@ -206,12 +213,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def take_machine(args: argparse.Namespace) -> None:
+    """What this process keeps to from now on, of `add_machine_arguments`."""
+    take_pixels(args.max_pixels)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
 def machine_of(args: argparse.Namespace) -> Machine:
     """The machine of `add_run_arguments`."""
     workers = args.num_workers
     if workers is None:
         workers = 4 if args.device.startswith("cuda") else 0
-    take_pixels(args.max_pixels)
+    take_machine(args)
     return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links, args.skip_broken)
 
 

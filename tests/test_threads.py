@@ -1,0 +1,67 @@
+"""How threads wait: chosen before PyTorch is there, from what else runs, unless the user has chosen."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils import arguments, threads
+
+SCRIPTS = ("train", "train_cross_attention", "test", "predict", "pretrain_demo")
+
+
+@pytest.mark.parametrize(
+    ("busy", "decided", "expected"),
+    [(1.0, {}, "PASSIVE"), (0.1, {}, None), (1.0, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
+    + [(1.0, {name: "1"}, None) for name in threads.DECIDED if name != threads.WAIT_POLICY],
+)
+def test_threads_sleep_beside_other_programs(monkeypatch, busy, decided, expected):
+    monkeypatch.setattr(threads, "busy_processors", lambda: busy)
+    monkeypatch.delitem(sys.modules, "torch")
+    for name in threads.DECIDED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(threads.WAIT_POLICY, "")  # so that it is put back
+    monkeypatch.delenv(threads.WAIT_POLICY)
+    for name, value in decided.items():
+        monkeypatch.setenv(name, value)
+    threads.let_threads_sleep()
+    assert os.environ.get(threads.WAIT_POLICY) == expected
+
+
+def test_nothing_is_chosen_where_pytorch_is_there_already(monkeypatch):
+    monkeypatch.setattr(threads, "busy_processors", lambda: pytest.fail("looked"))
+    for name in threads.DECIDED:
+        monkeypatch.delenv(name, raising=False)
+    threads.let_threads_sleep()
+    assert threads.WAIT_POLICY not in os.environ
+
+
+def test_every_script_chooses_before_it_imports_pytorch():
+    program = (
+        "import importlib, sys\n"
+        "name = sys.argv[1]\n"
+        "importlib.import_module(name)\n"
+        "order = list(sys.modules)\n"
+        "assert order.index('utils.threads') < order.index('torch'), name\n"
+    )
+    for script in SCRIPTS:
+        subprocess.run([sys.executable, "-c", program, script], check=True)
+
+
+def test_the_number_of_threads_is_taken(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for number in (None, 3):
+        arguments.take_machine(SimpleNamespace(max_pixels=1000, threads=number))
+    assert taken == [3]
+
+
+def test_the_look_sees_a_busy_program():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
+        try:
+            assert max(threads.busy_processors() for _ in range(20)) > threads.BUSY
+        finally:
+            program.kill()
