@@ -22,7 +22,7 @@ from dataset.images import pages, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
 from dataset.own import unread
 from dataset.records import Record, link_target, read_entries
-from dataset.sets import Place, count_differences, find_dataset, list_folder
+from dataset.sets import Place, count_differences, find_dataset, list_folder, one_sided
 from dataset.survey import SeenMask, found_depth, mask_words, pages_words, usual_words
 
 
@@ -106,6 +106,7 @@ class Finder:
             self.problems.append(f"called as another: {place.note}")
         if place.is_own:
             self.problems += [f"not read: {place.name}, {line}" for line in unread(place.folder, listed)]
+            self.problems += [f"of one kind: {place.name}, {line}" for line in one_sided(listed)]
         tested = {(place.folder / entry["image_path"]).resolve() for entry in entries}
         for path in train_images(place.folder):
             if path.resolve() not in tested:

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from dataset.records import Record
 
 IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
     *(".jp2", ".j2k", ".pgm", ".ppm", ".pbm", ".pnm"),
 )
 # What is tried, whatever a file is called: others are no photographs, have decoders that few test, or, as EPS, start

@@ -4,6 +4,7 @@ Paths in records are relative to the data set's folder, with forward slashes on 
 """
 
 import csv
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,15 @@ def anomalous_records(root: Path, folder: Path, masks: Path | None, class_name: 
         yield Record(image.relative_to(root).as_posix(), 1, class_name, mask)
 
 
+def plain_name(name: str) -> str:
+    """A name to compare: in small letters, an umlaut as one character, which macOS may write as two."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
 def masks_beside(images: list[Path]) -> dict[Path, Path]:
     """{image: its mask among the same files}, called as the image with _gt, _mask or the like behind."""
-    there = {image.stem.casefold(): image for image in images}
-    called = ((image, f"{image.stem.casefold()}{end}") for image in images for end in MASK_ENDINGS[1:])
+    there = {plain_name(image.stem): image for image in images}
+    called = ((image, f"{plain_name(image.stem)}{end}") for image in images for end in MASK_ENDINGS[1:])
     return {image: there[name] for image, name in called if name in there}
 
 
@@ -75,16 +81,16 @@ def find_masks(images: list[Path], folder: Path) -> dict[Path, Path]:
     """
     there: dict[str, list[Path]] = {}
     for mask in images_in(folder):
-        there.setdefault(mask.stem.casefold(), []).append(mask)
+        there.setdefault(plain_name(mask.stem), []).append(mask)
     if folder.is_dir():  # several masks of an image in a folder that is called as it is, as in MVTec LOCO
         for inside in folder.iterdir():
             if inside.is_dir() and images_in(inside):
-                there.setdefault(inside.name.casefold(), []).append(inside)
+                there.setdefault(plain_name(inside.name), []).append(inside)
     found: dict[Path, Path] = {}
     owners: dict[Path, Path] = {}
     for image in images:
         masks: list[Path] = []
-        for name in (image.name.casefold(), image.stem.casefold()):  # the suffix may say whose mask it is
+        for name in (plain_name(image.name), plain_name(image.stem)):  # the suffix may say whose mask it is
             called = [*(f"{name}{end}" for end in MASK_ENDINGS), *(f"{start}{name}" for start in MASK_BEGINNINGS)]
             masks = masks or [mask for word in called for mask in there.get(word, ())]
         if len(masks) > 1:

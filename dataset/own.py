@@ -6,20 +6,44 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dataset.images import images_in, is_image, read_mask_pixels
-from dataset.layouts import check_owners, find_masks, masks_beside
+from dataset.layouts import check_owners, find_masks, masks_beside, plain_name
 from dataset.records import Record, check_class
 
 # What folders are called, in any case, with - or a space for _.
-NORMAL = ("good", "ok", "normal", "nominal", "no_defect", "defect_free", "non_defective")
+NORMAL = (
+    *("good", "ok", "normal", "nominal", "no_defect", "defect_free", "non_defective"),
+    *("io", "i.o.", "gut", "良品", "合格", "正常"),
+)
 ANOMALOUS = (
     *("bad", "ng", "nok", "ko", "not_ok", "not_good", "ungood", "defect", "defects", "defective", "faulty", "damaged"),
     *("anomaly", "anomalies", "anomalous", "abnormal"),
+    *("nio", "n.i.o.", "schlecht", "defekt", "不良", "不良品", "不合格", "缺陷", "异常"),
 )
 TEST, TRAIN = ("test", "testing", "test_public"), ("train", "training", "validation", "val")
 PICTURES = ("rgb", "img", "image", "images")
 MASKS = ("ground_truth", "groundtruth", "gt", "mask", "masks", "label", "labels", "annotations")
-# Folders within folders that are looked into, which also ends links that lead back.
+# Folders within folders that are looked into.
 DEEPEST = 4
+# Files beside photographs that are none.
+DOCUMENTS = (
+    *(
+        ".txt",
+        ".md",
+        ".pdf",
+        ".html",
+        ".json",
+        ".jsonl",
+        ".xml",
+        ".csv",
+        ".tsv",
+        ".yml",
+        ".yaml",
+        ".log",
+        ".db",
+        ".ini",
+    ),
+    *(".npy", ".npz", ".py", ".zip", ".gz", ".tar"),
+)
 TREES = """
     {0}/full-shot.jsonl    lines {{"image_path", "label", "class_name", "mask_path"}}
 or, here or in a folder for each class,
@@ -56,7 +80,8 @@ def products(root: Path, deepest: int = 1) -> list[Path]:
         return [folder for folder in _folders(test) if _called(folder, NORMAL)] or [root] if test else [root]
     if not deepest:
         return []
-    within = [folder for folder in _folders(root) if _word(folder) not in (*TRAIN, *MASKS) or _called(folder, NORMAL)]
+    inside = [folder for folder in _folders(root) if not _leads_back(folder)]
+    within = [folder for folder in inside if _word(folder) not in (*TRAIN, *MASKS) or _called(folder, NORMAL)]
     return [product for folder in within for product in products(folder, deepest - 1)]
 
 
@@ -171,7 +196,8 @@ def _picture_folders(kind: Path, others: tuple[str, ...], deepest: int = DEEPEST
     """
     if not images_in(kind) and (pictures := _called(kind, PICTURES)):
         return [pictures]
-    within = [folder for folder in _folders(kind) if _word(folder) not in (*MASKS, *TRAIN, *TEST, *others)]
+    inside = [folder for folder in _folders(kind) if not _leads_back(folder)]
+    within = [folder for folder in inside if _word(folder) not in (*MASKS, *TRAIN, *TEST, *others)]
     deeper = [found for folder in within for found in _picture_folders(folder, others, deepest - 1)] if deepest else []
     return [kind, *deeper]
 
@@ -196,9 +222,10 @@ def _masks_of(kind: Path, images: Path, masks: Path | None) -> Path | None:
 
 
 def unread(root: Path, records: list[Record]) -> list[str]:
-    """A line for each folder with images that no record names, but for those of train splits."""
+    """A line for each folder with images that no record names, but for those of train splits, or with other files."""
     known = {path for record in records for path in (record.image_path, record.mask_path) if path}
     found: Counter[Path] = Counter()
+    lines = []
     for place, folders, files in os.walk(root):
         split = any(_word(Path(name)) in TEST for name in folders)
         folders[:] = sorted(
@@ -212,7 +239,19 @@ def unread(root: Path, records: list[Record]) -> list[str]:
         for image in images:
             if image not in masks and image.relative_to(root).as_posix() not in known:
                 found[relative] += 1
-    return [f"{count} {_why_unread(root, place)}" for place, count in found.items()]
+        others = [name for name in files if not is_image(Path(name)) and not name.startswith(".")]
+        others = sorted({name for name in others if Path(name).suffix.lower() not in DOCUMENTS})
+        if images and others:
+            lines.append(f"{len(others)} files in {relative.as_posix()} are no images by their names: {_few(others)}")
+    unread_masks = [place for place in found if any(_word(part) in MASKS for part in (place, *place.parents))]
+    for place in unread_masks:
+        if _word(place) in NORMAL:  # masks of normal images are not read
+            del found[place]
+    return [f"{count} {_why_unread(root, place)}" for place, count in found.items()] + lines
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _why_unread(root: Path, place: Path) -> str:
@@ -244,5 +283,10 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
 def _word(folder: Path) -> str:
-    return folder.name.casefold().replace("-", "_").replace(" ", "_")
+    return plain_name(folder.name).replace("-", "_").replace(" ", "_")

@@ -345,24 +345,28 @@ def _report_own(folder: Path, records: list[Record]) -> None:
         logger.info(
             "%s: %d normal images, %d anomalous ones, %d masks in its folder.", class_name, normal, anomalous, masks
         )
+    for line in [*one_sided(records), *unread(folder, records)]:
+        logger.warning("%s: %s", folder, line)
+
+
+def one_sided(records: list[Record]) -> list[str]:
+    """A line for each class of own images that has only one kind."""
+    lines = []
+    for class_name, (normal, anomalous) in count_images(records).items():
         if not anomalous:
-            logger.warning(
-                "%s: no image is anomalous: folders called %s are, those of a test split that are not called %s, and "
-                "those that a folder of masks is called as.",
-                class_name,
-                ", ".join(ANOMALOUS),
-                ", ".join(NORMAL),
+            lines.append(
+                f"{class_name}: no image is anomalous: folders called {', '.join(ANOMALOUS[:3])}, ... are, those of a "
+                f"test split that are not called {', '.join(NORMAL[:3])}, ..., and those that a folder of masks is "
+                "called as."
             )
         if not normal:
+            own = [record for record in records if record.class_name == class_name]
             kinds = sorted({Path(record.image_path).parent.name for record in own})
-            logger.warning(
-                "%s: no image is normal: folders called %s are, those found are defects: %s.",
-                class_name,
-                ", ".join(NORMAL),
-                ", ".join(kinds),
+            lines.append(
+                f"{class_name}: no image is normal: folders called {', '.join(NORMAL[:3])}, ... are, those found are defects: "
+                f"{', '.join(kinds)}."
             )
-    for line in unread(folder, records):
-        logger.warning("%s: %s", folder, line)
+    return lines
 
 
 def list_folder(place: Place) -> list[Record]:
