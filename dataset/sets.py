@@ -363,8 +363,8 @@ def one_sided(records: list[Record]) -> list[str]:
             own = [record for record in records if record.class_name == class_name]
             kinds = sorted({Path(record.image_path).parent.name for record in own})
             lines.append(
-                f"{class_name}: no image is normal: folders called {', '.join(NORMAL[:3])}, ... are, those found are defects: "
-                f"{', '.join(kinds)}."
+                f"{class_name}: no image is normal: folders called {', '.join(NORMAL[:3])}, ... are, those found are "
+                f"defects: {', '.join(kinds)}."
             )
     return lines
 
