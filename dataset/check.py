@@ -21,7 +21,7 @@ from dataset.commands import make_parser, name_argument, run_command, show
 from dataset.images import pages, read_image, read_mask_pixels, readers
 from dataset.layouts import train_images
 from dataset.own import unread
-from dataset.records import Record, link_target, read_entries
+from dataset.records import Record, link_target, read_entries, two_labels
 from dataset.sets import Place, count_differences, find_dataset, list_folder, one_sided
 from dataset.survey import SeenMask, found_depth, mask_words, pages_words, usual_words
 
@@ -101,6 +101,9 @@ class Finder:
         """Look at all images of a data set, and at those of the train splits beside it."""
         entries = list(entries_of(place))
         listed = [Record(e["image_path"], int(e["label"]), e["class_name"], e["mask_path"]) for e in entries]
+        if not entries:
+            self.problems.append(f"no images: {place.name}, {place.metadata or place.folder} names none")
+        self.problems += [f"two labels: {path} is called normal and anomalous" for path in two_labels(listed)]
         self.problems += [f"number of images: {place.name}, {line}" for line in count_differences(place.source, listed)]
         if place.note:
             self.problems.append(f"called as another: {place.note}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from dataset.images import images_in, is_image, read_mask_pixels
 from dataset.layouts import check_owners, find_masks, masks_beside, plain_name
 from dataset.records import Record, check_class
+from dataset.words import on_one_line
 
 # What folders are called, in any case, with - or a space for _.
 NORMAL = (
@@ -25,25 +26,7 @@ MASKS = ("ground_truth", "groundtruth", "gt", "mask", "masks", "label", "labels"
 # Folders within folders that are looked into.
 DEEPEST = 4
 # Files beside photographs that are none.
-DOCUMENTS = (
-    *(
-        ".txt",
-        ".md",
-        ".pdf",
-        ".html",
-        ".json",
-        ".jsonl",
-        ".xml",
-        ".csv",
-        ".tsv",
-        ".yml",
-        ".yaml",
-        ".log",
-        ".db",
-        ".ini",
-    ),
-    *(".npy", ".npz", ".py", ".zip", ".gz", ".tar"),
-)
+DOCUMENTS = ("txt", "md", "pdf", "html", "json", "jsonl", "xml", "csv", "tsv", "yml", "yaml", "log", "db", "ini", "zip")
 TREES = """
     {0}/full-shot.jsonl    lines {{"image_path", "label", "class_name", "mask_path"}}
 or, here or in a folder for each class,
@@ -232,26 +215,26 @@ def unread(root: Path, records: list[Record]) -> list[str]:
             name for name in folders if not name.startswith(".") and not (split and _word(Path(name)) in TRAIN)
         )
         relative = Path(place).relative_to(root)
-        if relative.as_posix() in known:  # several masks of one image
-            continue
+        if relative.as_posix() in known or _is_of_normal_masks(relative):
+            continue  # several masks of one image, or masks that nobody needs
         images = [Path(place, name) for name in files if is_image(Path(name))]
         masks = set(masks_beside(images).values())
         for image in images:
             if image not in masks and image.relative_to(root).as_posix() not in known:
                 found[relative] += 1
         others = [name for name in files if not is_image(Path(name)) and not name.startswith(".")]
-        others = sorted({name for name in others if Path(name).suffix.lower() not in DOCUMENTS})
+        others = sorted({name for name in others if Path(name).suffix.lower().lstrip(".") not in DOCUMENTS})
         if images and others:
             lines.append(f"{len(others)} files in {relative.as_posix()} are no images by their names: {_few(others)}")
-    unread_masks = [place for place in found if any(_word(part) in MASKS for part in (place, *place.parents))]
-    for place in unread_masks:
-        if _word(place) in NORMAL:  # masks of normal images are not read
-            del found[place]
     return [f"{count} {_why_unread(root, place)}" for place, count in found.items()] + lines
 
 
+def _is_of_normal_masks(place: Path) -> bool:
+    return _word(place) in NORMAL and any(_word(above) in MASKS for above in place.parents)
+
+
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(on_one_line, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _why_unread(root: Path, place: Path) -> str:

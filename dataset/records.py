@@ -54,11 +54,17 @@ def read_records(metadata: Path) -> list[Record]:
     ]
     if not records:
         raise ValueError(f"{metadata}: no records; expected one JSON object a line.")
+    for path in two_labels(records):
+        raise ValueError(f"{metadata}: '{path}' is normal in one entry and anomalous in another.")
+    return records
+
+
+def two_labels(records: list[Record]) -> Iterator[str]:
+    """The images that are normal in one record and anomalous in another."""
     labels: dict[str, int] = {}
     for record in records:
         if labels.setdefault(os.path.normpath(record.image_path), record.label) != record.label:
-            raise ValueError(f"{metadata}: '{record.image_path}' is normal in one entry and anomalous in another.")
-    return records
+            yield record.image_path
 
 
 def read_entries(metadata: Path) -> Iterator[dict]:
@@ -69,7 +75,7 @@ def read_entries(metadata: Path) -> Iterator[dict]:
     """
     with open(metadata, "rb") as lines:
         start = lines.read(4).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start == b"[" or metadata.suffix.casefold() == ".json":
+    if start == b"[" or (metadata.suffix.casefold() == ".json" and not _is_lines(metadata)):
         yield from _read_whole(metadata)
         return
     with open(metadata, "rb") as lines:
@@ -78,6 +84,16 @@ def read_entries(metadata: Path) -> Iterator[dict]:
             text = _decoded(line, where).strip()
             if text:
                 yield check_entry(_parsed(text, where), where)
+
+
+def _is_lines(metadata: Path) -> bool:
+    """Whether the first line of a file is an object by itself, with others after it."""
+    with open(metadata, "rb") as lines:
+        first, second = lines.readline(), lines.readline()
+    try:
+        return isinstance(json.loads(first), dict) and bool(second.strip())
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_whole(metadata: Path) -> Iterator[dict]:
@@ -109,7 +125,7 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error}).") from error
+        raise ValueError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8.") from error
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -614,6 +614,23 @@ def test_what_is_no_image_by_its_name_or_all_of_one_kind_is_found_by_the_check(t
     assert "of one kind: nut, nut: no image is normal" in found and "2 images are readable" in found
 
 
+def test_lists_that_contradict_themselves_or_are_empty_are_found_by_the_check(tmp_path, command, capsys):
+    pictures(tmp_path / "nut", "0.png")
+    line = '{"image_path": "0.png", "label": %d, "class_name": "nut"}'
+    path = tmp_path / "nut" / "full-shot.jsonl"
+    for text, expected in ((f"{line % 0}\n{line % 1}", "two labels: 0.png"), ("\n", "no images: nut, ")):
+        path.write_text(text, encoding="utf-8")
+        assert command(check, "nut", "--data_root", tmp_path) == 1
+        assert expected in capsys.readouterr().out
+
+
+def test_lines_in_a_file_called_json_are_read(tmp_path):
+    pictures(tmp_path / "nut", "0.png", "1.png")
+    lines = [json.dumps({"image_path": f"{n}.png", "label": n, "class_name": "nut"}) for n in range(2)]
+    (tmp_path / "nut" / "part.json").write_text("\n".join(lines), encoding="utf-8")
+    assert len(open_dataset(str(tmp_path / "nut" / "part.json"), tmp_path).records) == 2
+
+
 def test_links_that_lead_back_are_not_followed_for_ever(tmp_path):
     pictures(tmp_path / "nut", "good/0.png", "bad/1.png")
     try:
