@@ -17,6 +17,7 @@ import utils.threads  # noqa: F401, which decides before PyTorch is imported how
 
 import argparse
 import glob
+import io
 import logging
 import os
 from pathlib import Path
@@ -206,8 +207,10 @@ def judge_all(
             image = read_image(path, detectors[0].bits)
             verdicts = [detector(image) for detector in detectors]
             for detector, verdict in zip(detectors, verdicts, strict=True):
+                content = io.BytesIO()  # NumPy's own errors of writing do not say that a disk is full
+                np.save(content, verdict.map)
                 with replacing(folder / maps[stem, detector.name]) as file:
-                    np.save(file, verdict.map)
+                    file.write(content.getbuffer())
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise  # and so would all that follow
@@ -270,6 +273,7 @@ def main() -> int:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)
         detectors = [detector.seeing(normal) for detector in detectors]
+    logger.info("The prompts say '%s' (--class_name).", args.class_name)
     silent = [detector.name for detector in detectors if detector.calibration is None]
     if silent:
         logger.warning(

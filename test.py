@@ -102,7 +102,8 @@ def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
     """The data sets of --dataset; where one image is asked for, --class_name may be one of its classes."""
     for name in args.dataset:
         prepare(name, args.data_root, args.follow_links)
-    named = {"domain": args.domain, "class_name": args.class_name, "follow_links": args.follow_links}
+    named = {"domain": args.domain, "class_name": args.class_name}
+    named |= {"follow_links": args.follow_links, "skip_broken": args.skip_broken}
     if args.class_name is None or (args.image_idx is None and not args.list_images):
         return open_all(args.dataset, args.data_root, **named)
     data_sets = open_all(args.dataset, args.data_root, **named | {"class_name": None})

@@ -122,7 +122,7 @@ def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
     """The data sets of --eval_dataset, their files checked, so that a bad one is found before training."""
     for name in names:
         prepare(name, machine.data_root, machine.follow_links)
-    data_sets = open_all(names, machine.data_root, follow_links=machine.follow_links)
+    data_sets = open_all(names, machine.data_root, follow_links=machine.follow_links, skip_broken=machine.skip_broken)
     return [surveyed(data, None, machine.skip_broken) for data in data_sets]
 
 

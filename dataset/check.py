@@ -56,8 +56,8 @@ class Finder:
         self.problems: list[str] = []
         self.places: dict[str, list[Path]] = {}
 
-    def look(self, folder: Path, entry: dict) -> Look:
-        """One entry; safe to run in threads."""
+    def look(self, folder: Path, entry: dict, bits: int) -> Look:
+        """One entry, an image with so many bits; safe to run in threads."""
         path, look = folder / entry["image_path"], Look()
         for part in ("image_path", "mask_path"):
             if entry.get(part) and not self.follow_links and (target := link_target(folder, entry[part])):
@@ -67,7 +67,7 @@ class Finder:
             look.problems.append(f"missing image: {path}")
             return look
         try:
-            image, look.pages = read_image(path), pages(path)
+            image, look.pages = read_image(path, bits), pages(path)
         except ValueError as error:
             look.problems.append(f"unreadable image: {error}")
             return look
@@ -114,8 +114,10 @@ class Finder:
         for path in train_images(place.folder):
             if path.resolve() not in tested:
                 entries.append({"image_path": path.relative_to(place.folder).as_posix(), "label": 0, "mask_path": None})
+        depth = found_depth([place.folder / entry["image_path"] for entry in entries])
+        bits = depth.bits if depth else 16
         with readers() as pool:
-            looked = pool.map(lambda entry: self.look(place.folder, entry), entries)
+            looked = pool.map(lambda entry: self.look(place.folder, entry, bits), entries)
             bar = tqdm(looked, total=len(entries), desc=place.name, unit="image", disable=None)
             looks = list(bar)
         for entry, look in zip(entries, looks, strict=True):
@@ -126,7 +128,6 @@ class Finder:
         self.problems += [f"doubtful masks: {place.name}, {line}" for line in words]
         if several := [entry["image_path"] for entry, look in zip(entries, looks, strict=True) if look.pages > 1]:
             self.problems.append(f"several pages: {place.name}, {pages_words(several)}")
-        depth = found_depth([place.folder / record.image_path for record in listed])
         if depth and depth.usual < depth.bits:
             self.problems.append(f"dark images: {place.name}, {usual_words(depth)}")
         elif depth and depth.bits < 16:
@@ -149,7 +150,8 @@ def entries_of(place: Place) -> Iterator[dict]:
 def main() -> int:
     args = parse_arguments()
     finder = Finder(args.follow_links)
-    for place in [find_dataset(name, args.data_root) for name in args.names]:
+    places = [find_dataset(name, args.data_root) for name in args.names]
+    for place in {(place.folder.resolve(), place.metadata): place for place in places}.values():
         finder.run(place)
     problems = finder.problems + finder.repeated()
     show(*problems)

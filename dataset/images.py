@@ -32,6 +32,7 @@ MOST_PIXELS = 128_000_000
 # Holds another number, for this process and those that it starts.
 MOST_PIXELS_VARIABLE = "AACLIP_MAX_PIXELS"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # whose limit is less
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of what is odd in a file and not needed
 # Larger images are decoded one after the other, whatever the number of threads.
 LARGE, one_large = 32_000_000, threading.Lock()
 # Threads that read files at most; each has an image in memory.
@@ -99,6 +100,8 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
                 yield image
     except Exception as error:  # decoders raise what they like for broken files, AssertionError and IndexError too
         reason = "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of the formats that are read: {', '.join(FORMATS)}"
         if isinstance(error, Image.DecompressionBombError):

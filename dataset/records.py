@@ -141,6 +141,8 @@ def check_entry(entry: Any, where: str) -> dict:
     missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise ValueError(f"{where}: expected an object with {', '.join(required)}; {missing[0]} is missing.")
+    if entry["label"] in ("0", "1"):
+        entry["label"] = int(entry["label"])
     if entry["label"] not in (0, 1):
         raise ValueError(f"{where}: label is {_shown(entry['label'])}, expected 0 (normal) or 1 (anomalous).")
     entry["mask_path"] = _mask_path(entry)
@@ -202,20 +204,30 @@ def leaves_folder(relative: str) -> bool:
     return bool(path.anchor) or os.path.normpath(path.as_posix()).split(os.sep)[0] == ".."
 
 
-def check_paths(records: list[Record], folder: Path, follow_links: bool = False) -> None:
-    """Raise FileNotFoundError where an image or a mask is not there, with the first and the number of them.
+def check_paths(
+    records: list[Record],
+    folder: Path,
+    follow_links: bool = False,
+    metadata: Path | None = None,
+    missing_too: bool = False,
+) -> None:
+    """Raise FileNotFoundError where an image or a mask is missing, unless `missing_too`, with the first and the number.
 
     And ValueError where links lead out of the folder, unless `follow_links`: a list from elsewhere could name any file.
+    `metadata` is the list of the records, if there is one.
     """
     paths = [path for record in records for path in (record.image_path, record.mask_path) if path]
-    missing = [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
-    masks = {record.mask_path for record in records}  # which may be a folder of masks
-    missing = [path for path in missing if path not in masks or not os.path.isdir(os.path.join(folder, path))]
+    missing = [] if missing_too else [path for path in paths if not os.path.isfile(os.path.join(folder, path))]
+    images = {record.mask_path: record.image_path for record in records}
+    # A mask may be a folder of masks.
+    missing = [path for path in missing if path not in images or not os.path.isdir(os.path.join(folder, path))]
     if missing:
+        first, given = missing[0], str(metadata or f"{folder}{os.sep}")
+        whose = f", the mask of '{images[first]}'" if first in images else ""
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of its images and masks are not there, the first is '{missing[0]}'"
-            f"{_beside(Path(folder, missing[0]))}. "
-            f"All of them: python -m dataset.check {shlex.quote(str(folder))}{os.sep}"
+            f"{folder}: {len(missing)} of its images and masks are not there, the first is '{first}'{whose}"
+            f"{_beside(Path(folder, first))}. --skip_broken leaves these images out. All of them: "
+            f"python -m dataset.check {shlex.quote(given)}"
         )
 
     for path in paths if not follow_links else ():
@@ -228,6 +240,8 @@ def check_paths(records: list[Record], folder: Path, follow_links: bool = False)
 
 def _beside(missing: Path) -> str:
     """What lies where a file should be, in words."""
+    if missing.is_dir() or missing.is_symlink():
+        return f" (it is {'a folder' if missing.is_dir() else 'a link that leads nowhere'})"
     if not missing.parent.is_dir():
         return f" (no folder {missing.parent.name})"
     names = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))

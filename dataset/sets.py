@@ -129,13 +129,14 @@ def open_dataset(
     domain: str | None = None,
     class_name: str | None = None,
     follow_links: bool = False,
+    skip_broken: bool = False,
 ) -> DataSet:
     """Find a data set and read its records; nothing is written.
 
     `name`: a known name or a folder under `data_root`; with a path separator, a folder or JSON lines file by its path.
     `domain` ("industrial" or "medical") and `class_name` (of all its images) are for data sets that are not known;
     those have their own. A known one without metadata is read from its official layout. Links that lead out of the
-    folder are an error unless `follow_links`.
+    folder are an error unless `follow_links`, missing files unless `skip_broken`, which leaves them to `survey`.
     Raises FileNotFoundError where the folder or a file is missing, ValueError for what is wrong in it.
     """
     place = find_dataset(name, data_root)
@@ -147,7 +148,7 @@ def open_dataset(
             f"--class_name {class_name}: {place.source} has its own names; the flag is for other data sets. To use a "
             f"part of it, give the path of a list with these lines of {FULL}, such as {place.folder / 'part.jsonl'}."
         )
-    found = read_place(place, follow_links)
+    found = read_place(place, follow_links, skip_broken)
     own = {record.class_name for record in found}
     records = named(found, class_name)
     for line in count_differences(place.source, records):
@@ -180,7 +181,8 @@ def open_all(names: list[str], data_root: str | Path, **own: Any) -> list[DataSe
     for data in data_sets:
         if (count := counts[data.name.casefold()]) > 1:
             raise ValueError(
-                f"{count} data sets are called {data.name}, and so would be their files. Test them in two calls."
+                f"{count} data sets are called {data.name}, and so would be their files. Test them in two calls, "
+                "each with a --save_path of its own."
             )
     return data_sets
 
@@ -311,10 +313,11 @@ def _in_any_case(root: Path, relative: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_place(place: Place, follow_links: bool = False) -> list[Record]:
+def read_place(place: Place, follow_links: bool = False, missing_too: bool = False) -> list[Record]:
     """The records of a data set, from its metadata, else from its folders.
 
-    Raises FileNotFoundError where a file is missing, ValueError for one outside the folder unless `follow_links`.
+    Raises FileNotFoundError where a file is missing, unless `missing_too`, ValueError for one outside the folder unless
+    `follow_links`.
     """
     records = read_records(place.metadata) if place.metadata else list_folder(place)
     if place.metadata and (others := _not_listed(place, records)):
@@ -323,7 +326,8 @@ def read_place(place: Place, follow_links: bool = False) -> list[Record]:
         logger.warning("%s", place.note)
     if place.is_own:
         _report_own(place.folder, records)
-    check_paths(records, place.folder, follow_links)
+    of_part = place.metadata if place.name != place.source else None
+    check_paths(records, place.folder, follow_links, of_part, missing_too)
     return records
 
 

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,21 @@ def test_what_cannot_be_written_of_one_image_stops_no_other(scripts, run, images
     assert predict(scripts, "--ckpt", run / "loop_1.pth", "--images", images, "--save_path", tmp_path / "out") == 1
     assert "1 of 3 images could not be judged" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*.npy"))) == 2
+
+
+def test_a_full_disk_is_named_and_ends_the_call(scripts, run, images, tmp_path, monkeypatch, capsys):
+    original = module.replacing
+
+    @contextmanager
+    def full(path):
+        if path.suffix == ".npy":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        with original(path) as file:
+            yield file
+
+    monkeypatch.setattr(module, "replacing", full)
+    assert predict(scripts, "--ckpt", run / "loop_1.pth", "--images", images, "--save_path", tmp_path / "p") == 2
+    assert capsys.readouterr().err.count("The disk is full: ") == 1
 
 
 def test_what_was_judged_before_a_stop_is_written(scripts, run, images, tmp_path, monkeypatch, capsys):

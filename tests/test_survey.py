@@ -81,6 +81,14 @@ def test_one_bright_pixel_among_dark_images_is_said(root, caplog, monkeypatch, c
     assert "dark images: small, most images of 16 bits have 12 bits" in capsys.readouterr().out
 
 
+def test_dark_images_are_told_apart_and_a_set_is_looked_at_once(root, monkeypatch, capsys):
+    for number, path in enumerate(sorted((root / "small" / "candle").glob("0_?.png"))):
+        cv2.imwrite(str(path), np.full((40, 48), 100 + number, dtype=np.uint16))
+    monkeypatch.setattr(sys, "argv", ["check", "small", str(root / "small"), "--data_root", str(root)])
+    assert check.main() == 1
+    assert "same image" not in capsys.readouterr().out
+
+
 def test_images_of_8_bits_have_no_depth(root):
     records = open_dataset("small", root).records
     assert brightest(root / "small" / records[0].image_path) is None
@@ -160,6 +168,17 @@ def test_broken_files_are_left_out_where_that_is_asked_for(root, caplog):
     assert "2 of 16 images are left out" in caplog.text and "1_0_mask.png: the mask" in caplog.text
     with pytest.raises(ValueError, match="none of its 1 images can be read"):
         survey(data.folder, [record for record in data.records if record.image_path == "metal_nut/0_0.png"], True)
+
+
+def test_missing_files_are_broken_ones(scripts, root, base, tmp_path, capsys):
+    (root / "small" / "candle" / "1_0_mask.png").unlink()
+    test = ["test", "--ckpt", base, "--dataset", "small", "--device", "cpu", "--resamples", "5"]
+    test += ["--save_path", tmp_path / "results"]
+    assert scripts(*test, data_root=root) == 2
+    said = capsys.readouterr().err
+    assert "the first is 'candle/1_0_mask.png', the mask of 'candle/1_0.png'" in said and "--skip_broken" in said
+    assert scripts(*test, "--skip_broken", data_root=root) == 0
+    assert "candle/1_0_mask.png: not readable as a mask (no such file)" in capsys.readouterr().err
 
 
 def test_training_and_testing_go_on_without_broken_files(scripts, root, tmp_path, capsys):

@@ -52,8 +52,9 @@ def test_every_script_chooses_before_it_imports_pytorch():
 
 
 def test_the_number_of_threads_is_taken(monkeypatch):
-    taken = []
+    taken: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(arguments, "take_pixels", lambda most: None)
     for number in (None, 3):
         arguments.take_machine(SimpleNamespace(max_pixels=1000, threads=number))
     assert taken == [3]

@@ -154,7 +154,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
-        epilog='"@FILE" stands for the arguments in FILE; those after it on the command line win.',
+        epilog='"@FILE" stands for the arguments in FILE; those after it on the command line win. Paths in it that are '
+        "not there as seen from here are looked for from its folder upwards, but for --save_path.",
     )
 
 

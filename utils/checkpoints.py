@@ -102,10 +102,9 @@ def check_there(path: Path) -> None:
     parent = path.parent
     folders = sorted(entry for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
     there = [entry.name for entry in loop_files(parent) or folders]
-    hint = (
-        f"In {parent}: {shorten(', '.join(there), 200)}." if there else "train.py trains a base; ckpt/demo/base is one."
-    )
-    raise FileNotFoundError(f"{path}: no such checkpoint. {hint}")
+    own = REPOSITORY / "ckpt" / "demo" / "base"
+    hint = f"In {parent}: {shorten(', '.join(there), 200)}." if there else f"train.py trains a base; {own} is one."
+    raise FileNotFoundError(f"{path}: no such checkpoint, as seen from {Path.cwd()}. {hint}")
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

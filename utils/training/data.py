@@ -54,7 +54,7 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
     """
     where, links = machine.data_root, machine.follow_links
     prepare(settings.dataset, where, links)
-    data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links)
+    data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links, machine.skip_broken)
     data = replace(data, records=with_bits(data.folder, data.records, settings.bits))
     if machine.skip_broken:  # before any are drawn, or held out
         data = replace(data, records=survey(data.folder, data.records, skip_broken=True))

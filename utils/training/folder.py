@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from dataset.files import TEMPORARY, remove_leftovers
+from dataset.sets import is_path
 from model.adapter_cross_attention import ModelConfig
 from utils import checkpoints
 from utils.options import completed
@@ -178,8 +179,13 @@ def differences(before: dict, now: dict) -> list[str]:
         f"  {name}: {old.get(name)} before, {new.get(name)} now"
         for old, new in pairs
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and not (name == "dataset" and _is_one_place(old[name], new[name]))
     ]
+
+
+def _is_one_place(before: str, now: str) -> bool:
+    """Whether two data sets are given by the path of one folder or list."""
+    return is_path(before) and is_path(now) and Path(before).resolve() == Path(now).resolve()
 
 
 def check_data(state: dict, found: dict, folder: Path) -> None:
