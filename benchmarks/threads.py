@@ -19,11 +19,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from model.weights import REPOSITORY
+
 # What each way sets. The second is libgomp's own number, which `utils.threads` takes for the user's wish.
 WAYS = {
     "as chosen": {},

@@ -8,7 +8,7 @@ from pathlib import Path
 from dataset.images import images_in, is_image, read_mask_pixels
 from dataset.layouts import check_owners, find_masks, masks_beside, plain_name
 from dataset.records import Record, check_class
-from dataset.words import on_one_line
+from dataset.words import named_few
 
 # What folders are called, in any case, with - or a space for _.
 NORMAL = (
@@ -63,8 +63,7 @@ def products(root: Path, deepest: int = 1) -> list[Path]:
         return [folder for folder in _folders(test) if _called(folder, NORMAL)] or [root] if test else [root]
     if not deepest:
         return []
-    inside = [folder for folder in _folders(root) if not _leads_back(folder)]
-    within = [folder for folder in inside if _word(folder) not in (*TRAIN, *MASKS) or _called(folder, NORMAL)]
+    within = [folder for folder in _folders(root) if _word(folder) not in (*TRAIN, *MASKS) or _called(folder, NORMAL)]
     return [product for folder in within for product in products(folder, deepest - 1)]
 
 
@@ -86,7 +85,7 @@ def _product_records(root: Path, folder: Path, class_name: str) -> Iterator[Reco
     normal, anomalous = _kinds(test or folder, masks, all_others=test is not None)
     for kind in normal:
         for images in _picture_folders(kind, ANOMALOUS):
-            for image in _without_masks(images):
+            for image in _images_and_masks(images, None)[0]:
                 yield Record(image.relative_to(root).as_posix(), 0, class_name)
     for kind in anomalous:
         for images in _picture_folders(kind, NORMAL):
@@ -117,8 +116,7 @@ def _kinds(folder: Path, masks: Path | None, all_others: bool) -> tuple[list[Pat
 
 def _anomalous_records(root: Path, folder: Path, masks: Path | None, class_name: str) -> Iterator[Record]:
     """Anomalous images with their masks, from a folder of masks or from beside them."""
-    images = _without_masks(folder)
-    found = _paired(images, folder, masks)
+    images, found = _images_and_masks(folder, masks)
     for image in images:
         mask = found.get(image) or (masks / f"{image.stem}_mask.png" if masks else None)
         name = mask.relative_to(root).as_posix() if mask else None
@@ -132,8 +130,7 @@ def _flat_records(root: Path, folder: Path, masks: Path | None, class_name: str)
     are no records where nothing has a mask. Raises ValueError for a mask in the folder that is of no image, which
     would pass for normal.
     """
-    images = _without_masks(folder)
-    found = _paired(images, folder, masks)
+    images, found = _images_and_masks(folder, masks)
     if masks and images and (others := sorted(set(images_in(masks)) - set(found.values()))):
         raise ValueError(
             f"{others[0]}: the mask of no image in {folder}, where masks tell which images are anomalous; "
@@ -155,21 +152,20 @@ def _has_defect(mask: Path) -> bool:
         return True
 
 
-def _without_masks(folder: Path) -> list[Path]:
-    """The images of a folder but for masks that lie beside them."""
-    images = images_in(folder)
-    masks = set(masks_beside(images).values())
-    return [image for image in images if image not in masks]
+def _images_and_masks(folder: Path, masks: Path | None) -> tuple[list[Path], dict[Path, Path]]:
+    """The images of a folder, and {image: its mask}, from the folder of masks or from beside it.
 
-
-def _paired(images: list[Path], folder: Path, masks: Path | None) -> dict[Path, Path]:
-    """{image: its mask}, from the folder of masks or from beside it. Raises ValueError where there are both."""
-    beside = masks_beside(images_in(folder))
+    Raises ValueError where an image has both.
+    """
+    files = images_in(folder)
+    beside = masks_beside(files)
+    are_masks = set(beside.values())
+    images = [file for file in files if file not in are_masks]
     found = find_masks(images, masks) if masks else {}
     for image in beside:
         if image in found:
             raise ValueError(f"{image}: is its mask {found[image]} or {beside[image]}? Keep one of them.")
-    return {image: mask for image, mask in beside.items() if image in images} | found
+    return images, {image: mask for image, mask in beside.items() if image not in are_masks} | found
 
 
 def _picture_folders(kind: Path, others: tuple[str, ...], deepest: int = DEEPEST) -> list[Path]:
@@ -179,8 +175,7 @@ def _picture_folders(kind: Path, others: tuple[str, ...], deepest: int = DEEPEST
     """
     if not images_in(kind) and (pictures := _called(kind, PICTURES)):
         return [pictures]
-    inside = [folder for folder in _folders(kind) if not _leads_back(folder)]
-    within = [folder for folder in inside if _word(folder) not in (*MASKS, *TRAIN, *TEST, *others)]
+    within = [folder for folder in _folders(kind) if _word(folder) not in (*MASKS, *TRAIN, *TEST, *others)]
     deeper = [found for folder in within for found in _picture_folders(folder, others, deepest - 1)] if deepest else []
     return [kind, *deeper]
 
@@ -225,16 +220,13 @@ def unread(root: Path, records: list[Record]) -> list[str]:
         others = [name for name in files if not is_image(Path(name)) and not name.startswith(".")]
         others = sorted({name for name in others if Path(name).suffix.lower().lstrip(".") not in DOCUMENTS})
         if images and others:
-            lines.append(f"{len(others)} files in {relative.as_posix()} are no images by their names: {_few(others)}")
+            names = named_few(others, most=3)
+            lines.append(f"{len(others)} files in {relative.as_posix()} are no images by their names: {names}")
     return [f"{count} {_why_unread(root, place)}" for place, count in found.items()] + lines
 
 
 def _is_of_normal_masks(place: Path) -> bool:
     return _word(place) in NORMAL and any(_word(above) in MASKS for above in place.parents)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(on_one_line, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _why_unread(root: Path, place: Path) -> str:
@@ -263,7 +255,9 @@ def _called(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """The folders in a folder, but for hidden ones and links to one that they lie in."""
+    inside = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in inside if not _leads_back(path))
 
 
 def _leads_back(folder: Path) -> bool:

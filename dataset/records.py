@@ -54,7 +54,7 @@ def read_records(metadata: Path) -> list[Record]:
     ]
     if not records:
         raise ValueError(f"{metadata}: no records; expected one JSON object a line.")
-    for path in two_labels(records):
+    if path := next(two_labels(records), None):
         raise ValueError(f"{metadata}: '{path}' is normal in one entry and anomalous in another.")
     return records
 

@@ -404,9 +404,8 @@ def count_differences(source: str, records: list[Record]) -> list[str]:
     lines = []
     if info and info.layout and not info.counts:  # with published numbers the line of each class says it
         missing = [name for name in info.classes if name not in found]
-        lines = (
-            [f"{len(missing)} of {len(info.classes)} classes have no images: {', '.join(missing)}"] if missing else []
-        )
+        if missing:
+            lines.append(f"{len(missing)} of {len(info.classes)} classes have no images: {', '.join(missing)}")
     return lines + [
         "{}: {} normal and {} anomalous images, published are {} and {}".format(
             class_name, *found.get(class_name, (0, 0)), *expected

@@ -1,7 +1,7 @@
 """All files of a data set are read once before it is used: what is broken is found, and what holds of all is said."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -12,14 +12,12 @@ from tqdm import tqdm
 from dataset.images import MaskPixels, bits_for, brightest, pages, read_pixels, readers
 from dataset.records import Record
 from dataset.sets import DataSet
-from dataset.words import on_one_line
+from dataset.words import named_few
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 U = TypeVar("U")
-# Names of files in one message.
-SHOWN = 5
 # Share of masks from which on all grey ones of a data set are cut: of small defects a lossy mask does not show it.
 LOSSY = 0.1
 # Share of an image above which a defect is doubted.
@@ -36,6 +34,7 @@ class SeenMask(NamedTuple):
 
     @classmethod
     def of(cls, name: str, mask: MaskPixels) -> "SeenMask":
+        """What is kept of a mask that was read."""
         return cls(name, mask.cut, mask.grey, mask.defect.mean().item())
 
 
@@ -136,12 +135,6 @@ def mask_words(masks: list[SeenMask]) -> list[str]:
 def pages_words(several: Sequence[object]) -> str:
     """What is said of files of several pages."""
     return f"{len(several)} images are files of several pages, the first of which is read: {named_few(several)}"
-
-
-def named_few(names: Iterable[object]) -> str:
-    """The first names of many."""
-    known = [on_one_line(str(name)) for name in names]
-    return ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
 
 
 def with_bits(folder: Path, records: list[Record], bits: int | None) -> list[Record]:

@@ -1,6 +1,7 @@
 """Names of files and classes as people see them: they may hold anything, and a terminal obeys some characters."""
 
 import unicodedata
+from collections.abc import Iterable
 
 
 def is_harmless(character: str) -> bool:
@@ -17,3 +18,9 @@ def on_one_line(name: str) -> str:
 def printable(text: str) -> str:
     """The same of a text whose lines and columns stay; a name that is part of a table goes `on_one_line` first."""
     return "".join(c if c in "\n\t" else on_one_line(c) for c in text)
+
+
+def named_few(names: Iterable[object], most: int = 5) -> str:
+    """The first names of many, in one line."""
+    known = [on_one_line(str(name)) for name in names]
+    return ", ".join(known[:most]) + (", ..." if len(known) > most else "")
