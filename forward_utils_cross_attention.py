@@ -15,6 +15,7 @@ AA-CLIP (arXiv 2503.06661) as its published code computes them.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from dataset.constants import BLUR, NORMAL_PROMPTS, class_prompts
 from model.adapter import Prompts, TextContext, VisualFeatures
 from model.adapter_cross_attention import CrossAttentionCLIP
-from model.backbone import Backbone
+from model.backbone import Backbone, itself
 
 logger = logging.getLogger(__name__)
 
@@ -215,9 +216,84 @@ def encode(
             )
         anchors = text.anchors(class_names, context)
     patches = features.patches
-    cosines = model.cosines(patches, anchors, patches, seen.patches, known_of(class_names, known))
-    of_seen = cosines if seen is features else model.cosines(seen.patches, anchors, seen.patches, seen.patches)
+    cosines = model.cosines(patches, anchors, model.neighbours(patches, seen.patches, known_of(class_names, known)))
+    of_seen = cosines
+    if seen is not features:
+        of_seen = model.cosines(seen.patches, anchors, model.neighbours(seen.patches, seen.patches))
     return Encoding(patches, anchors, cosines, model.detection(features.det, seen.patches, of_seen))
+
+
+class Sight(NamedTuple):
+    """What Stage 1 sees of images; nothing of it trains there.
+
+    `patches`: each level [B, N, E]; `context` [B, N + 1, E], None where the prompts see no image; `neighbours`
+    [B, levels, N], None without text cross-attention in the joint space.
+    """
+
+    patches: list[Tensor]
+    context: Tensor | None
+    neighbours: Tensor | None
+
+
+@torch.no_grad()
+def see_stage1(
+    model: CrossAttentionCLIP,
+    images: Tensor,
+    class_names: list[str],
+    text: ClassText,
+    features: str,
+    vv_start: int,
+    vv_across_batch: bool,
+    precision: str = "fp32",
+    other: Tensor | None = None,
+    of_batch: Callable[[Tensor], Tensor] = itself,
+) -> Sight:
+    """Images [B, 3, S, S] and their classes -> what Stage 1 sees of them; `other` as in `encode`.
+
+    `features`: "frozen" gives the plain CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4
+    of the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
+    the features nor the image context need are left out. `of_batch` as in `vv_attention`, where only a part of a batch
+    is here. Raises ValueError for other `features`.
+    """
+    if features not in STAGE1_FEATURES:
+        raise ValueError(f"Stage 1's features '{features}': expected {', '.join(STAGE1_FEATURES)}.")
+    backbone, sees_image = model.backbone, model.text_cross_attn is not None
+    needs_frozen = sees_image and model.config.image_context == "frozen"
+    needs_visual = features == "adapted" or (sees_image and not needs_frozen)
+    with autocast(images.device, precision):
+        visual = seen = None
+        if needs_visual:
+            text_context = text.contexts(class_names)
+            visual = model.visual(images, text_context)
+            seen = seen_features(model, visual, other, text_context)
+        plain: dict[int, Tensor] = {}
+        if features == "frozen":
+            surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch, of_batch)
+            patches = frozen_patches(backbone, surgery, plain)
+        elif needs_frozen or features == "projectors":
+            plain = backbone.plain_tokens(images)
+        if features == "projectors":
+            patches = model.project_levels(plain)
+        elif features == "adapted" and visual is not None:
+            patches = visual.patches
+        context = None
+        if needs_frozen:
+            context = frozen_image_context(backbone, plain)
+        elif model.prompts_see_image and seen is not None:
+            context = image_context(seen)
+    neighbours = None
+    if visual is not None and seen is not None:
+        neighbours = model.neighbours(visual.patches, seen.patches)
+    return Sight(patches, context, neighbours)
+
+
+def encode_sight(
+    model: CrossAttentionCLIP, sight: Sight, class_names: list[str], text: ClassText, precision: str = "fp32"
+) -> Encoding:
+    """What Stage 1 sees of images, and their classes -> what its losses are made of."""
+    with autocast(sight.patches[0].device, precision):
+        anchors = text.anchors(class_names, sight.context)
+    return Encoding(sight.patches, anchors, model.cosines(sight.patches, anchors, sight.neighbours), None)
 
 
 def encode_stage1(
@@ -230,45 +306,13 @@ def encode_stage1(
     vv_across_batch: bool,
     precision: str = "fp32",
     other: Tensor | None = None,
+    of_batch: Callable[[Tensor], Tensor] = itself,
 ) -> Encoding:
-    """Images [B, 3, S, S] and their classes -> what Stage 1 looks at; `other` as in `encode`.
-
-    `features`: "frozen" gives the plain CLIP's features with V-V attention, as the base model trains; "adapted" V1..V4
-    of the trained image side; "projectors" the plain CLIP's tokens through the trained projectors. Passes that neither
-    the features nor the image context need are left out. Raises ValueError for other `features`.
-    """
-    if features not in STAGE1_FEATURES:
-        raise ValueError(f"Stage 1's features '{features}': expected {', '.join(STAGE1_FEATURES)}.")
-    backbone, sees_image = model.backbone, model.text_cross_attn is not None
-    needs_frozen = sees_image and model.config.image_context == "frozen"
-    needs_visual = features == "adapted" or (sees_image and not needs_frozen)
-    with autocast(images.device, precision):
-        with torch.no_grad():
-            visual = seen = None
-            if needs_visual:
-                text_context = text.contexts(class_names)
-                visual = model.visual(images, text_context)
-                seen = seen_features(model, visual, other, text_context)
-            plain: dict[int, Tensor] = {}
-            if features == "frozen":
-                surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch)
-                patches = frozen_patches(backbone, surgery, plain)
-            elif needs_frozen or features == "projectors":
-                plain = backbone.plain_tokens(images)
-            if features == "projectors":
-                patches = model.project_levels(plain)
-            elif features == "adapted" and visual is not None:
-                patches = visual.patches
-            context = None
-            if needs_frozen:
-                context = frozen_image_context(backbone, plain)
-            elif model.prompts_see_image and seen is not None:
-                context = image_context(seen)
-        anchors = text.anchors(class_names, context)
-    queries = keys = patches
-    if visual is not None and seen is not None:
-        queries, keys = visual.patches, seen.patches
-    return Encoding(patches, anchors, model.cosines(patches, anchors, queries, keys), None)
+    """Images [B, 3, S, S] and their classes -> what Stage 1's losses are made of; the rest as in `see_stage1`."""
+    sight = see_stage1(
+        model, images, class_names, text, features, vv_start, vv_across_batch, precision, other, of_batch
+    )
+    return encode_sight(model, sight, class_names, text, precision)
 
 
 def on_grid(cosines: Tensor) -> Tensor:
@@ -297,7 +341,22 @@ def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
     return (1 - (2 * (p * m).sum(dim=1) + 1) / (p.sum(dim=1) + m.sum(dim=1) + 1)).mean()
 
 
-def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict) -> dict[str, Tensor]:
+class Part(NamedTuple):
+    """A part of a batch whose other parts are elsewhere, or come later; the losses of all parts add up to the batch's.
+
+    `images`: its share of the batch's images; `masks`: of those with a mask; `total`: the sum of a number over all
+    parts, without gradient.
+    """
+
+    images: float = 1.0
+    masks: float = 1.0
+    total: Callable[[Tensor], Tensor] = itself
+
+
+WHOLE = Part()
+
+
+def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict, part: Part = WHOLE) -> dict[str, Tensor]:
     """Focal and both dice losses of each level, {"focal_1": ..., "dice_normal_1": ..., "dice_abnormal_1": ..., ...}.
 
     `cosines` [B, levels, N, 2]. Anomalous images without a mask (`has_mask`, on the CPU) are left out; empty where no
@@ -310,14 +369,14 @@ def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict) -> dict[str,
     terms = {}
     for number, level in enumerate(cosines.unbind(dim=1) if len(rows) else (), start=1):
         probabilities = resize_map(scale * on_grid(level), mask.shape[-1]).softmax(dim=1)
-        terms[f"focal_{number}"] = focal_loss(probabilities, mask)
-        terms[f"dice_normal_{number}"] = dice_loss(probabilities[:, 0], 1 - mask[:, 0])
-        terms[f"dice_abnormal_{number}"] = dice_loss(probabilities[:, 1], mask[:, 0])
+        terms[f"focal_{number}"] = part.masks * focal_loss(probabilities, mask)
+        terms[f"dice_normal_{number}"] = part.masks * dice_loss(probabilities[:, 0], 1 - mask[:, 0])
+        terms[f"dice_abnormal_{number}"] = part.masks * dice_loss(probabilities[:, 1], mask[:, 0])
     return terms
 
 
 def stage1_loss(
-    encoding: Encoding, scale: Tensor, batch: dict, levels: str, norm_weight: float
+    encoding: Encoding, scale: Tensor, batch: dict, levels: str, norm_weight: float, part: Part = WHOLE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 1's loss and its terms: segmentation, and `norm_weight` x (mean over the batch of normal . abnormal)^2.
 
@@ -325,8 +384,11 @@ def stage1_loss(
     The terms of every level are returned in either case.
     """
     anchors, last = encoding.anchors, f"_{encoding.cosines.shape[1]}"
-    terms = segmentation_terms(encoding.cosines, scale, batch)
-    terms["orthogonal"] = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
+    terms = segmentation_terms(encoding.cosines, scale, batch, part)
+    mean = part.images * (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()
+    # The square of the batch's mean: over all parts, value and gradient of these add up to its own.
+    share = mean * part.total(mean.detach())
+    terms["orthogonal"] = 2 * share - share.detach()
     trained = [
         term for name, term in terms.items() if name != "orthogonal" and (levels == "all" or name.endswith(last))
     ]
@@ -334,14 +396,16 @@ def stage1_loss(
 
 
 def stage2_loss(
-    encoding: Encoding, scale: Tensor, batch: dict, det_temperature: float
+    encoding: Encoding, scale: Tensor, batch: dict, det_temperature: float, part: Part = WHOLE
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 2's loss and its terms: segmentation at all levels, and cross-entropy of det_temperature x det . anchors.
 
     Published is the cross-entropy of the raw cosines, a `det_temperature` of 1.
     """
-    terms = segmentation_terms(encoding.cosines, scale, batch)
-    terms["classification"] = F.cross_entropy(det_temperature * detection_cosines(encoding), batch["label"])
+    terms = segmentation_terms(encoding.cosines, scale, batch, part)
+    terms["classification"] = part.images * F.cross_entropy(
+        det_temperature * detection_cosines(encoding), batch["label"]
+    )
     return sum(terms.values(), encoding.anchors.new_zeros(())), terms
 
 

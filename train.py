@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 from dataset.commands import path_argument, show
-from utils import arguments, checkpoints
+from utils import arguments, checkpoints, processes
 from utils.cli import run_script
 from utils.models import resolve_config
 from utils.settings import add_settings, add_training_arguments, settings_of
@@ -72,12 +72,13 @@ def main() -> None:
     if args.dry_run:
         show(describe_plan(plan))
         return
-    trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard)
+    trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard, args.accumulate)
     if trainer is None:
         return
     with trainer.running():
         for stage in trainer.stages():
-            save_stage(trainer, stage)
+            if processes.is_first():
+                save_stage(trainer, stage)
     same = arguments.as_words(arguments.given(args, "dataset", "domain", "class_name", "shot"))
     command = ["python", "train_cross_attention.py", "--resume", str(trainer.folder), *same]
     logger.info("Done. Extend it: %s", shlex.join(command))

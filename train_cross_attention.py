@@ -20,7 +20,7 @@ from dataset.prepare import prepare
 from dataset.sets import DataSet, open_all, result_name
 from dataset.survey import surveyed
 from model.adapter_cross_attention import new_extension
-from utils import arguments, checkpoints
+from utils import arguments, checkpoints, processes
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
 from utils.machine import Machine
@@ -120,9 +120,11 @@ def start_of(checkpoint: Checkpoint) -> dict:
 
 def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
     """The data sets of --eval_dataset, their files checked, so that a bad one is found before training."""
-    for name in names:
-        prepare(name, machine.data_root, machine.follow_links)
-    data_sets = open_all(names, machine.data_root, follow_links=machine.follow_links, skip_broken=machine.skip_broken)
+    with processes.first_ahead():
+        for name in names:
+            prepare(name, machine.data_root, machine.follow_links)
+        links, skip = machine.follow_links, machine.skip_broken
+        data_sets = open_all(names, machine.data_root, follow_links=links, skip_broken=skip)
     return [surveyed(data, None, machine.skip_broken) for data in data_sets]
 
 
@@ -187,7 +189,7 @@ def main() -> None:
         show(describe_plan(plan))
         return
     machine = arguments.machine_of(args)
-    trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard)
+    trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard, args.accumulate)
     if trainer is None:
         report_lost(plan.folder, [0, *(stage.loop for stage in plan.stages)])
         return
@@ -198,9 +200,11 @@ def main() -> None:
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
     with trainer.running():
-        keep_base(trainer, checkpoint)
+        if processes.is_first():
+            keep_base(trainer, checkpoint)
         for stage in trainer.stages():
-            if stage.name == "image":  # a loop ends with Stage 2
+            # A loop ends with Stage 2.
+            if stage.name == "image" and processes.is_first():
                 path = save_loop(trainer, stage.loop)
                 draw_training(trainer.folder / "log.csv", trainer.folder / "training.png")
                 report_tests(trainer, tests, path)

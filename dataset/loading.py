@@ -4,16 +4,17 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
@@ -70,11 +71,14 @@ class ImageCache:
         return pictures[0], pictures[1] if len(pictures) > 1 else None
 
 
-def cache_images(folder: Path, records: list[Record], transform: Transform) -> ImageCache | None:
-    """All images in memory; None, with a warning, where they would take more than half of what is free."""
+def cache_images(folder: Path, records: list[Record], transform: Transform, times: int = 1) -> ImageCache | None:
+    """All images in memory; None, with a warning, where they would take more than half of what is free.
+
+    So many `times` they are kept on this machine, by processes that each do this.
+    """
     cache, free = ImageCache(folder, records, transform), psutil.virtual_memory().available
-    sizes = f"{cache.size / 1e9:.2f} GB of decoded images, {free / 1e9:.1f} GB of memory free"
-    if cache.size > free / 2:
+    sizes = f"{times * cache.size / 1e9:.2f} GB of decoded images, {free / 1e9:.1f} GB of memory free"
+    if times * cache.size > free / 2:
         logger.warning("--cache_images: %s: too much, so every epoch reads the files.", sizes)
         return None
     logger.info("--cache_images: %s.", sizes)
@@ -149,7 +153,7 @@ class AnomalyDataset(Dataset[Item]):
             "image": pixels,
             "mask": target,
             "label": record.label,
-            "has_mask": record.label == 0 or mask is not None,
+            "has_mask": record.has_mask,
             "emptied": mask is not None and not target.any().item(),
             "class_name": record.class_name,
             "path": str(path),
@@ -184,6 +188,20 @@ class SeededSampler(Sampler[tuple[int, int]]):
             yield index, int(np.random.SeedSequence((*self.key, self.epoch, index)).generate_state(1)[0])
 
 
+# From the batches of a job, each a list of what a data set is asked for, to those that are loaded here.
+Take = Callable[[Iterable[list]], Iterable[list]]
+
+
+class TakenBatches(Sampler[list]):
+    """Of the batches of `whole` those that `take` makes of them, in each epoch anew."""
+
+    def __init__(self, whole: Iterable[list], take: Take):
+        self.whole, self.take = whole, take
+
+    def __iter__(self) -> Iterator[list]:
+        yield from self.take(self.whole)
+
+
 def loader_message(error: Exception) -> str:
     """Message of an error, without the traceback that PyTorch puts around one from a worker process."""
     return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
@@ -210,13 +228,21 @@ def _obey_parent(parent: int) -> None:
 
 
 def make_loader(
-    dataset: AnomalyDataset, batch_size: int, num_workers: int, sampler: SeededSampler | None = None
+    dataset: AnomalyDataset,
+    batch_size: int,
+    num_workers: int,
+    sampler: SeededSampler | None = None,
+    take: Take | None = None,
 ) -> DataLoader:
-    """Each `Batch` in order, or in that of `sampler`; the last short one is kept."""
+    """Each `Batch` in order, or in that of `sampler`; the last short one is kept.
+
+    `take`: to the batches, of (index, seed) or index, that are wanted instead.
+    """
+    order: Any = SequentialSampler(dataset) if sampler is None else sampler  # one may be empty
+    batches = BatchSampler(order, batch_size, drop_last=False)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=TakenBatches(batches, take) if take else batches,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=outlive_signals,

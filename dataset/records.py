@@ -39,6 +39,11 @@ class Record:
     bits: int = field(default=16, repr=False, compare=False)
     lossy: bool = field(default=False, repr=False, compare=False)
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether it is known where its defects are: a normal image has none."""
+        return not self.label or self.mask_path is not None
+
 
 def read_records(metadata: Path) -> list[Record]:
     """Read a JSON lines file. Raises ValueError that names the line at fault; files are not looked for."""

@@ -184,24 +184,24 @@ class NeighbourCrossAttention(Gated):
     (https://arxiv.org/abs/2405.14529).
     """
 
-    def forward(
-        self, x: Tensor, patches: list[Tensor], context: list[Tensor], known: list[Tensor] | None = None
-    ) -> Tensor:
-        """Cosines with the normal anchor `x` [B, levels, N] and V1..V4, each [B, N, E] -> `x` + gate * V_i . r_i.
+    def forward(self, x: Tensor, found: Tensor) -> Tensor:
+        """Cosines with the normal anchor `x` and what `find` gave, both [B, levels, N] -> `x` + gate * V_i . r_i."""
+        return x + self.gate[:, None] * found
+
+    def find(self, patches: list[Tensor], context: list[Tensor], known: list[Tensor] | None = None) -> Tensor:
+        """How much of its like each patch finds, V_i . r_i, [B, levels, N], from V1..V4, each [B, N, E].
 
         r_i comes, without gradient, from `context`, V1..V4 of the image that is seen, and `known`, each [B, K, E].
         """
-        return x + self.gate[:, None] * self.attention(x, patches, context, known)
-
-    def attention(
-        self, x: Tensor, patches: list[Tensor], context: list[Tensor], known: list[Tensor] | None = None
-    ) -> Tensor:
-        """How much of its like each patch finds, V_i . r_i, [B, levels, N]."""
         found = [neighbour_cosines(*level) for level in zip(patches, context, strict=True)]
         if known is not None:
             nearest = [(level @ good.transpose(1, 2)).amax(-1) for level, good in zip(patches, known, strict=True)]
             found = [own + other for own, other in zip(found, nearest, strict=True)]
         return torch.stack(found, dim=1)
+
+    def attention(self, x: Tensor, found: Tensor) -> Tensor:
+        """What `forward` adds, before the gate: [B, levels, N]."""
+        return found
 
 
 def neighbour_cosines(patches: Tensor, context: Tensor) -> Tensor:
@@ -288,26 +288,29 @@ class CrossAttentionCLIP(AdaptedCLIP):
         """Whether the visual forward needs a text context."""
         return isinstance(self.image_cross_attn, ImageCrossAttentionModule)
 
-    def cosines(
-        self,
-        patches: list[Tensor],
-        anchors: Tensor,
-        queries: list[Tensor],
-        context: list[Tensor],
-        known: list[Tensor] | None = None,
-    ) -> Tensor:
+    def neighbours(
+        self, patches: list[Tensor], context: list[Tensor], known: list[Tensor] | None = None
+    ) -> Tensor | None:
+        """What patches find in the other two, see `NeighbourCrossAttention.find`, in float32: [B, levels, N].
+
+        None where the model has no text cross-attention in the joint space.
+        """
+        if not isinstance(self.text_cross_attn, NeighbourCrossAttention):
+            return None
+        with torch.autocast(patches[0].device.type, enabled=False):
+            patches, context = ([level.float() for level in levels] for levels in (patches, context))
+            return self.text_cross_attn.find(patches, context, known and [level.float() for level in known])
+
+    def cosines(self, patches: list[Tensor], anchors: Tensor, neighbours: Tensor | None) -> Tensor:
         """Cosines of patches, each level [B, N, E], with both anchors [B, E, 2], in float32: [B, levels, N, 2].
 
-        Text cross-attention in the joint space adds what `queries`, V1..V4 of the images, find in the other two.
+        Text cross-attention in the joint space adds to them what the patches found, see `neighbours`.
         """
         with torch.autocast(anchors.device.type, enabled=False):
             found = torch.stack([level.float() @ anchors.float() for level in patches], dim=1)
-            if not isinstance(self.text_cross_attn, NeighbourCrossAttention):
+            if neighbours is None or not isinstance(self.text_cross_attn, NeighbourCrossAttention):
                 return found
-            queries, context = ([level.float() for level in levels] for levels in (queries, context))
-            known = None if known is None else [level.float() for level in known]
-            normal = self.text_cross_attn(found[..., 0], queries, context, known)
-            return torch.stack([normal, found[..., 1]], dim=-1)
+            return torch.stack([self.text_cross_attn(found[..., 0], neighbours), found[..., 1]], dim=-1)
 
     def detection(self, det: Tensor, patches: list[Tensor], cosines: Tensor) -> Tensor:
         """The detection feature [B, E] in float32, with what image cross-attention in the joint space adds to it.

@@ -91,19 +91,28 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor, mask: Tensor | N
     return attention.out_proj(_join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
 
-def vv_attention(attention: nn.MultiheadAttention, x: Tensor, across_batch: bool) -> Tensor:
+def itself(x: Tensor) -> Tensor:
+    """What is asked of all processes, where there is one."""
+    return x
+
+
+def vv_attention(
+    attention: nn.MultiheadAttention, x: Tensor, across_batch: bool, of_batch: Callable[[Tensor], Tensor] = itself
+) -> Tensor:
     """softmax(v v^T / sqrt(d)) v per head, d the head's width, on `x` [B, T, W] (AA-CLIP's "surgery").
 
     `across_batch` attends to the same position in the other images of the batch, as the published code does (it
-    reads [T, B, W] as [B, T, W]); otherwise each token attends to the tokens of its own image.
+    reads [T, B, W] as [B, T, W]); otherwise each token attends to the tokens of its own image. `of_batch` gives the
+    values of the whole batch, in any order, from those of the part of it that is here.
     """
     width = x.shape[-1]
     value = F.linear(x, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
-    if across_batch:
-        value = value.transpose(0, 1)
-    value = _split_heads(value, attention.num_heads)
-    x = _join_heads(F.scaled_dot_product_attention(value, value, value))
-    return attention.out_proj(x.transpose(0, 1) if across_batch else x)
+    if not across_batch:
+        value = _split_heads(value, attention.num_heads)
+        return attention.out_proj(_join_heads(F.scaled_dot_product_attention(value, value, value)))
+    query, key = (_split_heads(part.transpose(0, 1), attention.num_heads) for part in (value, of_batch(value)))
+    x = _join_heads(F.scaled_dot_product_attention(query, key, key))
+    return attention.out_proj(x.transpose(0, 1))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -204,16 +213,21 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def vv_tokens(
-        self, images: Tensor, vv_start: int, across_batch: bool = True
+        self,
+        images: Tensor,
+        vv_start: int,
+        across_batch: bool = True,
+        of_batch: Callable[[Tensor], Tensor] = itself,
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Tokens at the four levels with V-V attention from block `vv_start` on, and those of CLIP as it is.
 
-        Both walks share the blocks before `vv_start`. Returns two dicts {level: [B, T, W]}.
+        Both walks share the blocks before `vv_start`; the rest as in `vv_attention`. Returns two dicts
+        {level: [B, T, W]}.
         """
         blocks = self.image_blocks
 
         def attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
-            return vv_attention(attention, x, across_batch)
+            return vv_attention(attention, x, across_batch, of_batch)
 
         x, shared = run_blocks(blocks, self.embed_images(images), stop=vv_start, keep=self.levels)
         _, surgery = run_blocks(blocks, x, attend, start=vv_start, keep=self.levels)

@@ -80,7 +80,7 @@ def test_zero_start_adds_exactly_nothing(pair):
     # Equal features and anchors give equal maps, scores and losses; here through the whole path.
     batch, scale = batch_of(2, base.backbone.img_size), base.backbone.scale
     encoded = encode(extended, images, CLASSES, text)
-    cosines = base.cosines(plain.patches, anchors, plain.patches, plain.patches)
+    cosines = base.cosines(plain.patches, anchors, None)
     expected = Encoding(plain.patches, anchors, cosines, base.detection(plain.det, plain.patches, cosines))
     assert torch.equal(stage2_loss(encoded, scale, batch, 1)[0], stage2_loss(expected, scale, batch, 1)[0])
 
@@ -328,7 +328,8 @@ def test_in_the_joint_space_image_modules_learn_through_their_patches_alone(back
     patches = [torch.nn.functional.normalize(torch.randn(1, 12, 8), dim=-1).requires_grad_() for _ in range(4)]
     module = NeighbourCrossAttention(backbone, 0.5)
     module.open(1)
-    (gradient,) = torch.autograd.grad(module(torch.zeros(1, 4, 12), patches, patches)[0, 0, 3], patches[:1])
+    added = module(torch.zeros(1, 4, 12), module.find(patches, patches))
+    (gradient,) = torch.autograd.grad(added[0, 0, 3], patches[:1])
     assert gradient[0, 3].any() and not gradient[0, torch.arange(12) != 3].any()
     model = joint_model(backbone)
     model.set_stage("image")

@@ -76,12 +76,12 @@ class Watched(Trainer):
         super().run_stage(stage)
         self.seen = [*getattr(self, "seen", []), (stage.loop, stage.name, before, hashes(self.model))]
 
-    def losses(self, stage, batch, text):
+    def losses(self, stage, batch, text, *parts):
         if stage.name == "text" and self.position.step == 0:
             arguments = (self.model, batch["image"], batch["class_name"], text)
             frozen = encode_stage1(*arguments, "frozen", self.vv_start, True).patches
             self.choices = {**getattr(self, "choices", {}), stage.loop: (frozen, encode(*arguments).patches)}
-        return super().losses(stage, batch, text)
+        return super().losses(stage, batch, text, *parts)
 
 
 def test_carry_over(backbone, data_root, tmp_path, monkeypatch):
@@ -191,9 +191,9 @@ def test_v_v_attention_follows_its_flags(backbone, data_root, tmp_path, monkeypa
     assert vv_start(settings(surgery_until_layer=1), backbone) == 12  # in no block
     calls = []
 
-    def watched(images, start, across_batch):
+    def watched(images, start, across_batch, of_batch):
         calls.append((start, across_batch))
-        return original(images, start, across_batch)
+        return original(images, start, across_batch, of_batch)
 
     original = backbone.vv_tokens
     monkeypatch.setattr(backbone, "vv_tokens", watched)
@@ -340,8 +340,8 @@ def test_nan_loss_names_the_batch_and_keeps_the_state(scripts, base, tmp_path, m
     folder = tmp_path / "x"
     original = Trainer.losses
 
-    def broken(self, stage, batch, text):
-        loss, terms = original(self, stage, batch, text)
+    def broken(self, stage, batch, text, *parts):
+        loss, terms = original(self, stage, batch, text, *parts)
         return (loss * float("nan"), terms) if stage.name == "image" else (loss, terms)
 
     monkeypatch.setattr(Trainer, "losses", broken)
@@ -362,7 +362,7 @@ def test_nan_loss_names_the_batch_and_keeps_the_state(scripts, base, tmp_path, m
     ],
 )
 def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, capsys, error):
-    def exhausted(self, stage, batch, text):
+    def exhausted(self, stage, batch, text, *parts):
         raise error
 
     monkeypatch.setattr(Trainer, "losses", exhausted)

@@ -274,6 +274,12 @@ def states(model: CrossAttentionCLIP) -> dict[str, dict[str, Tensor] | None]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of what results depend on."""
+    names = ("torch", "torchvision", "open_clip_torch", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
 def environment(backbone: Backbone, device: torch.device) -> dict:
     """Versions, device, git revision and CLIP weights, for whoever wonders how a checkpoint came to be."""
     try:
@@ -282,8 +288,7 @@ def environment(backbone: Backbone, device: torch.device) -> dict:
     except (OSError, subprocess.CalledProcessError):
         revision = None  # not a clone, or no git here
     return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "numpy")},
+        **versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "git_revision": revision,
         "clip_sha256": backbone.sha256,

@@ -2,53 +2,71 @@
 
 import io
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 
 from dataset.commands import reader_left
+from utils import processes
 from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, message_of
 from utils.logs import setup_logging
 
 logger = logging.getLogger(__name__)
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Within it the first process of a job prints and draws progress bars; the others have errors alone to say."""
+    if processes.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _end(code: int, text: str, level: int = logging.ERROR) -> int:
+    """Say why the job ends, where no other process of it has said so; its exit code."""
+    if processes.may_speak():
+        logger.log(level, "%s", text)
+        logger.debug("Where it happened:", exc_info=True)
+    return code
+
+
+def run_script(main: Callable[[], int | None], several: bool = True) -> None:
     """Run `main` and exit with what it returns (None: 0), or with one clear message where the input is at fault.
 
     ValueError and OSError are bad input here: the modules raise them with what was expected and what was found. Their
     traceback goes to train.log where there is one. Any other exception is a fault of the program and keeps its own.
+    `several`: whether torchrun may start it; one of the processes then says why all end.
     """
     setup_logging()
     # A table that is redirected to a file on Windows may hold names that its encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main() or 0
+        if processes.count() > 1 and not several:
+            raise ValueError("this program runs in one process: start it without torchrun.")
+        with processes.joined(), _heard():
+            code = main() or 0
         sys.stdout.flush()
     except TrainingStoppedError as error:
-        logger.warning("%s", error)
-        code = 1
+        code = _end(1, str(error), logging.WARNING)
     except TrainingError as error:
-        logger.error("error: %s", error)
-        logger.debug("Where it happened:", exc_info=True)
-        code = 1
+        code = _end(1, f"error: {error}")
     except BrokenPipeError:
         code = reader_left()
     except (ValueError, OSError) as error:
-        logger.error("error: %s", message_of(error))
-        logger.debug("Where it happened:", exc_info=True)
-        code = 2
+        code = _end(2, f"error: {message_of(error)}")
     except torch.OutOfMemoryError as error:  # outside training, which says more of its own
-        logger.error("error: out of memory. Try a smaller --batch_size, or --precision bf16. (%s)", error)
-        code = 1
+        code = _end(1, f"error: out of memory. Try a smaller --batch_size, or --precision bf16. ({error})")
     except RuntimeError as error:
-        if not str(error).startswith(LOST_WORKER):
+        lost = message_of(error) if str(error).startswith(LOST_WORKER) else processes.lost_words(error)
+        if lost is None:
             raise
-        logger.error("error: %s", message_of(error))
-        code = 1
+        code = _end(1, f"error: {lost}")
     except KeyboardInterrupt:
-        logger.error("Stopped.")
-        code = 1
+        code = _end(1, "Stopped.")
     sys.exit(code)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dataset.commands import PlainFormatter
 from dataset.words import printable
 from model.weights import REPOSITORY
+from utils import processes
 
 
 class _TqdmHandler(logging.Handler):
@@ -20,7 +21,8 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            # Processes after the first have no stderr but for errors.
+            tqdm.write(self.format(record), file=sys.stderr if processes.is_first() else sys.__stderr__)
         except OSError:
             self.handleError(record)  # a terminal that is gone ends no training
 
@@ -55,7 +57,7 @@ def setup_logging() -> None:
         old.close()
     handler = _TqdmHandler()
     handler.setFormatter(PlainFormatter("%(message)s"))
-    handler.setLevel(logging.INFO)
+    handler.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
     root.addHandler(handler)
     # Keeps what is said before there is a folder to log to.
     root.addHandler(MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1))

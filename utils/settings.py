@@ -154,6 +154,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep decoded images in memory where they fit in half of what is free",
     )
     group.add_argument(
+        "--accumulate",
+        type=at_least(1, 65_536),
+        default=1,
+        help="pieces in which a batch of Stage 2 goes through the model, for less memory; the result is the batch's",
+    )
+    group.add_argument(
         "--tensorboard",
         action="store_true",
         help="write what log.csv has to <run>/tensorboard too, where it is installed",

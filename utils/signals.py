@@ -3,6 +3,7 @@
 import signal
 from types import FrameType
 
+from utils import processes
 from utils.errors import TrainingStoppedError
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -11,7 +12,10 @@ SIGNALS = [*STOPS, *(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if
 
 
 class StopSignal:
-    """Notes SIGINT, SIGTERM and the like, so that the job ends at its next check; a second one stops it at once."""
+    """Notes SIGINT, SIGTERM and the like, so that the job ends at its next check; a second one stops it at once.
+
+    Under torchrun it does not: a terminal sends the first one to all processes, and torchrun another after it.
+    """
 
     received: str | None = None
 
@@ -21,7 +25,7 @@ class StopSignal:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and processes.count() == 1:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 

@@ -10,6 +10,7 @@ from dataset.records import Record, digest, hold_out, hold_out_classes, partners
 from dataset.sets import draw_few_shot, open_dataset
 from dataset.survey import survey, with_bits
 from dataset.transforms import Transform
+from utils import processes
 from utils.machine import Machine
 from utils.settings import Settings
 
@@ -53,8 +54,9 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
     A demo set that is not there is rendered, a list that is missing is written. Raises ValueError or FileNotFoundError.
     """
     where, links = machine.data_root, machine.follow_links
-    prepare(settings.dataset, where, links)
-    data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links, machine.skip_broken)
+    with processes.first_ahead():
+        prepare(settings.dataset, where, links)
+        data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links, machine.skip_broken)
     data = replace(data, records=with_bits(data.folder, data.records, settings.bits))
     if machine.skip_broken:  # before any are drawn, or held out
         data = replace(data, records=survey(data.folder, data.records, skip_broken=True))
@@ -68,7 +70,7 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
     resized = Transform(img_size, augment=settings.augment)
-    cache = cache_images(data.folder, records, resized) if in_memory else None
+    cache = cache_images(data.folder, records, resized, processes.count_here()) if in_memory else None
     _report_maskless(train)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
 

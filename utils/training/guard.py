@@ -7,6 +7,7 @@ from textwrap import shorten
 
 import torch
 
+from utils import processes
 from utils.errors import LOST_WORKER, TrainingError, message_of
 from utils.signals import StopSignal
 
@@ -15,10 +16,11 @@ OUT_OF_MEMORY = "you tried to allocate"
 
 
 @contextmanager
-def guarded(folder: Path, doing: Callable[[], str]) -> Iterator[StopSignal]:
+def guarded(folder: Path, doing: Callable[[], str], rescue: Callable[[], None]) -> Iterator[StopSignal]:
     """Within it, SIGINT and SIGTERM are noted, and what fails raises TrainingError; the last state is in `folder`.
 
-    `doing()` tells, for an error of memory, what was tried and what to try instead.
+    `doing()` tells, for an error of memory, what was tried and what to try instead; `rescue()` saves what it can where
+    another process of the job is gone.
     """
     with StopSignal() as stop:
         try:
@@ -28,6 +30,9 @@ def guarded(folder: Path, doing: Callable[[], str]) -> Iterator[StopSignal]:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise TrainingError(_out_of_memory(doing(), folder, error)) from error
         except RuntimeError as error:
+            if lost := processes.lost_words(error):
+                rescue()
+                raise TrainingError(f"{lost} The last state is whole, in {folder}.") from error
             if str(error).startswith(LOST_WORKER):
                 raise TrainingError(f"{message_of(error)} The last state is whole, in {folder}.") from error
             if OUT_OF_MEMORY not in str(error):

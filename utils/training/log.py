@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from dataset.files import naming
 from model.adapter_cross_attention import MODULES, STAGES
+from utils import processes
 from utils.files import read_csv, write_csv
 from utils.training.measures import Means
 from utils.training.plan import Plan, Position, Stage, stage_title
@@ -107,6 +108,8 @@ class TrainingLog:
 
     def open(self, position: Position) -> None:
         """Begin, or go on from `position`, which later rows of an earlier start give way to."""
+        if not processes.is_first():
+            return
         now = position.order()
         self.csv.open(keep=lambda row: _row_order(row) < now)
         done = sum(stage.epochs for stage in self.plan.stages if Position(stage.loop, stage.name).order()[:2] < now[:2])
@@ -158,6 +161,8 @@ class TrainingLog:
         logger.info("\n".join(lines))
 
     def _write(self, kind: str, position: Position, step: int | None, values: Mapping[str, float]) -> None:
+        if not processes.is_first():
+            return
         loop, stage, epoch, _ = position
         head = {"kind": kind, "loop": loop, "stage": STAGES.index(stage) + 1, "epoch": epoch + 1, "step": step}
         self.csv.write(head | {name: value for name, value in values.items() if name in COLUMNS})

@@ -1,6 +1,7 @@
 """What is measured of a training step: gradients, updates, and what the cross-attentions add."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -9,15 +10,22 @@ from torch import Tensor, nn
 
 from model.adapter_cross_attention import CrossAttentionCLIP
 
+# Endings of what `added_terms` sums: squares of what is added, and of what it is added to.
+OUTPUT, INPUT = "_output", "_input"
+
 
 @contextmanager
 def added_terms(model: CrossAttentionCLIP) -> Iterator[dict[str, Tensor]]:
-    """{"added_<module>": norm of a cross-attention's added term / norm of its input}, filled as the model runs."""
+    """Sums of squares of each cross-attention's added term and of its input, filled as the model runs.
+
+    "added_<module>_output" and "added_<module>_input"; `with_added_shares` makes the ratio of their norms of them.
+    """
     found: dict[str, Tensor] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        x = inputs[0].detach()
-        found[f"added_{name}"] = (output.detach() - x).float().norm() / x.float().norm()
+        x = inputs[0].detach().float()
+        for ending, tensor in ((OUTPUT, output.detach().float() - x), (INPUT, x)):
+            found[f"added_{name}{ending}"] = found.get(f"added_{name}{ending}", 0) + tensor.square().sum()
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.cross_attentions().items()]
     try:
@@ -25,6 +33,14 @@ def added_terms(model: CrossAttentionCLIP) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def with_added_shares(values: Mapping[str, float]) -> dict[str, float]:
+    """The sums of `added_terms` among `values` -> "added_<module>": norm of the added term / norm of its input."""
+    found = {name: value for name, value in values.items() if not name.endswith((OUTPUT, INPUT))}
+    for name in (name.removesuffix(INPUT) for name in values if name.endswith(INPUT)):
+        found[name] = math.sqrt(values[name + OUTPUT] / values[name + INPUT])
+    return found
 
 
 def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -48,10 +64,19 @@ def update_norms(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]
         found[f"update_{name}"] = nn.utils.get_total_norm(moved)
 
 
-def to_floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Python floats, brought from the device in one go."""
-    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
+def add_up(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values, without gradient, to those of the same name."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def to_floats(
+    steps: Sequence[Mapping[str, Tensor]], over_all: Callable[[Tensor], Tensor] = lambda numbers: numbers
+) -> list[dict[str, float]]:
+    """Python floats, brought from the device in one go; `over_all` may change the numbers as a whole, [n] float64."""
+    numbers = torch.stack([value.detach().float() for values in steps for value in values.values()])
+    floats = iter(over_all(numbers.double().cpu()).tolist())
+    return [{name: next(floats) for name in values} for values in steps]
 
 
 class Means:

@@ -1,10 +1,13 @@
 """From a plan to a trainer that is ready to run, new or where an earlier start stopped; both scripts begin here."""
 
 import logging
+from functools import partial
 
 from dataset.files import check_place
 from model.backbone import load_backbone
-from utils.checkpoints import STATE_FILE, Checkpoint
+from model.weights import weights_sha256
+from utils import processes
+from utils.checkpoints import STATE_FILE, Checkpoint, states, versions
 from utils.machine import Machine
 from utils.models import build_model, check_clip, check_modules
 from utils.training.data import load_training_data
@@ -17,20 +20,27 @@ logger = logging.getLogger(__name__)
 
 
 def start(
-    plan: Plan, checkpoint: Checkpoint | None, machine: Machine, in_memory: bool = False, tensorboard: bool = False
+    plan: Plan,
+    checkpoint: Checkpoint | None,
+    machine: Machine,
+    in_memory: bool = False,
+    tensorboard: bool = False,
+    pieces: int = 1,
 ) -> Trainer | None:
     """A trainer at the beginning of `plan` or where it stopped; None where nothing is left to train.
 
-    `checkpoint` is what the run starts from, None for a fresh base; `in_memory` keeps its images there. Nothing of the
-    run is written yet. Raises ValueError or OSError for bad input.
+    `checkpoint` is what the run starts from, None for a fresh base; `in_memory` keeps its images there; `pieces` as in
+    `Trainer`. Nothing of the run is written yet. Raises ValueError or OSError for bad input.
     """
     description = describe_plan(plan)  # which finds what does not fit the model, before anything is read or made
-    state = open_run(plan)
+    check_processes(plan, machine, pieces)
+    state = processes.from_first(partial(open_run, plan))
     if state and state["position"][0] > plan.last_loop:
         logger.info("%s is finished up to loop %d; there is nothing left to train.", plan.folder, plan.last_loop)
         return None
-    check_place(plan.folder, "--save_path")
-    check_free(plan.folder)
+    if processes.is_first():
+        check_place(plan.folder, "--save_path")
+        check_free(plan.folder)
     open_board = tensorboard_writer() if tensorboard else None
     config = plan.config
     data = load_training_data(plan.settings, machine, config.img_size, in_memory)
@@ -38,7 +48,10 @@ def start(
     model = build_model(config, backbone, checkpoint, machine.device, plan.settings.seed)
     if model.sees_another_image:
         data = data.with_partners(plan.settings.seed)
-    trainer = Trainer(model, data, plan, state, machine.num_workers, open_board)
+    weights = weights_sha256({f"{name}.{key}": t for name, s in states(model).items() for key, t in (s or {}).items()})
+    same = {"CLIP weights": backbone.sha256, "images to train on": data.summary, "weights to start from": weights}
+    processes.check_agreed(same, "Bring the same files to all machines.")
+    trainer = Trainer(model, data, plan, state, machine.num_workers, open_board, pieces)
     if state:
         check_clip(state["clip_sha256"], backbone, f"{plan.folder}: this run has CLIP weights of SHA-256")
         check_data(state, data.summary, plan.folder)
@@ -46,3 +59,20 @@ def start(
         check_state(state, plan, list(model.trainable()), trainer.steps_per_epoch)
     logger.info("%s\n\nCLIP weights of SHA-256 %s\n", description, backbone.sha256)
     return trainer
+
+
+def check_processes(plan: Plan, machine: Machine, pieces: int) -> None:
+    """Raise ValueError where the processes of the job cannot share a batch, or are not alike."""
+    for stage in plan.stages[:2]:
+        if stage.batch_size < processes.count():
+            raise ValueError(
+                f"--{stage.name}_batch_size {stage.batch_size}: {processes.count()} processes share a batch, and each "
+                "needs an image of it. Ask for more images, or start fewer processes."
+            )
+    if pieces > plan.settings.image_batch_size:
+        raise ValueError(
+            f"--accumulate {pieces}: a batch of Stage 2 has {plan.settings.image_batch_size} images "
+            "(--image_batch_size), which cannot be cut into more pieces."
+        )
+    same = {"arguments": plan.header["config"], "last loop": plan.last_loop, "kind of device": machine.device.type}
+    processes.check_agreed(same | versions(), "Start all of them by the same command, in the same environment.")

@@ -3,21 +3,23 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset.files import write_text
-from dataset.loading import Batch, SeededSampler, make_loader
-from dataset.records import write_records
+from dataset.loading import Batch, SeededSampler
+from dataset.records import Record, write_records
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
+from forward_utils_cross_attention import ClassText, Part, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP
-from utils import checkpoints
+from utils import checkpoints, processes
 from utils.errors import TrainingError, TrainingStoppedError
 from utils.judging import Detector
 from utils.logs import log_to_file, progress
@@ -27,19 +29,52 @@ from utils.training.data import TrainingData
 from utils.training.folder import check_unchanged, locked
 from utils.training.guard import guarded
 from utils.training.log import TrainingLog
-from utils.training.measures import Means, added_terms, gradient_norms, to_floats, update_norms
+from utils.training.measures import (
+    Means,
+    add_up,
+    added_terms,
+    gradient_norms,
+    to_floats,
+    update_norms,
+    with_added_shares,
+)
 from utils.training.optimizer import make_optimizer, set_learning_rates
 from utils.training.plan import VAL_CLASSES_FILE, Plan, Position, Stage, shot_file, vv_start
+from utils.training.steps import Step, Steps
 
 logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 300
+# On a GPU the measures of so many steps are fetched at once: it would wait for the program at each.
+FETCH_STEPS = 10
+
+
+class Measured(NamedTuple):
+    """A step whose measures are on the device: those that add up over the processes, and those that all have."""
+
+    position: Position
+    records: list[Record]
+    rates: dict[str, float]
+    own: dict[str, Tensor]
+    same: dict[str, Tensor]
+
+
+class Losses(nn.Module):
+    """The losses of a trainer as a module, which `DistributedDataParallel` needs."""
+
+    def __init__(self, trainer: "Trainer"):
+        super().__init__()
+        self.model, self._losses = trainer.model, trainer.losses
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._losses(*arguments)
 
 
 class Trainer:
     """Trains `model` as `plan` says; `state` is that of an earlier start, which the training goes on from.
 
-    Until it does, the model is what the run starts from.
+    Until it does, the model is what the run starts from. `pieces`: how many pieces a batch of Stage 2 goes through the
+    model in.
     """
 
     def __init__(
@@ -50,6 +85,7 @@ class Trainer:
         state: dict | None = None,
         num_workers: int = 0,
         open_board: Callable | None = None,
+        pieces: int = 1,
     ):
         self.model, self.data, self.plan, self.num_workers = model, data, plan, num_workers
         self.settings, self.folder, self.device = plan.settings, plan.folder, model.backbone.device
@@ -59,8 +95,13 @@ class Trainer:
         self.optimizer_states: dict[str, dict] = {}
         self.log = TrainingLog(plan, open_board)
         self.stop = StopSignal()
+        self.pieces = pieces
+        self.fetch_steps = FETCH_STEPS if self.device.type == "cuda" else 1
         self._state = state
         self._saved_at = time.monotonic()
+        self._optimizer: torch.optim.Adam | None = None  # of the running stage
+        self._waiting: list[Measured] = []
+        self._stopping = False  # a signal came to one of the processes
 
     @property
     def past(self) -> int:
@@ -83,6 +124,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write all that exact continuation needs."""
+        if not processes.is_first():
+            return
+        if self._optimizer:
+            self.optimizer_states[self.position.stage] = self._optimizer.state_dict()
         checkpoints.save(
             {
                 **self.plan.header,
@@ -116,11 +161,13 @@ class Trainer:
 
         Raises ValueError where another process trains there.
         """
-        with locked(self.folder):
-            check_unchanged(self.plan, self._state)
-            self.open_folder()
-            with guarded(self.folder, self._tried) as self.stop:
-                yield
+        with ExitStack() as stack:
+            if processes.is_first():
+                stack.enter_context(locked(self.folder))
+                check_unchanged(self.plan, self._state)
+                self.open_folder()
+            self.stop = stack.enter_context(guarded(self.folder, self._tried, self._rescue))
+            yield
 
     def stages(self) -> Iterator[Stage]:
         """Train what is left, stage by stage; each is handed out when it is trained, before that is saved as done."""
@@ -146,65 +193,130 @@ class Trainer:
         earlier = self.optimizer_states[name] if begun else None
         if not begun and self.settings.optimizer_state == "carry":
             earlier = self.optimizer_states.get(name)  # loop 1 has none
-        optimizer = make_optimizer(model.learned(name), stage, earlier)
+        self._optimizer = make_optimizer(model.learned(name), stage, earlier)
         text = ClassText(model, self.bank, fixed=name == "image")
         dataset = self.data.images(self.data.train, self._transform(name))
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
-        loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
-        steps = self.steps_per_epoch(stage)
+        pieces = self.pieces if name == "image" else 1
+        steps = Steps(dataset, stage.batch_size, self.num_workers, sampler, pieces)
+        losses = processes.with_mean_gradients(Losses(self), all(record.has_mask for record in self.data.train))
+        per_epoch = self.steps_per_epoch(stage)
         title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
-        done = self.position.epoch * steps + self.position.step
-        with progress(total=stage.epochs * steps, initial=done, desc=title, unit="step") as bar:
+        done = self.position.epoch * per_epoch + self.position.step
+        with progress(total=stage.epochs * per_epoch, initial=done, desc=title, unit="step") as bar:
             while self.position.epoch < stage.epochs:
                 bar.set_description(f"{title} epoch {self.position.epoch + 1}/{stage.epochs}", refresh=False)
                 sampler.set_epoch(self.position.epoch, skip=self.position.step * stage.batch_size)
-                self.run_epoch(stage, loader, optimizer, text, bar)
+                self.run_epoch(stage, steps, losses, self._optimizer, text, bar)
+        self.optimizer_states[name], self._optimizer = self._optimizer.state_dict(), None
         self.model.open_gates(stage.name, 1)
         masks = sum(record.mask_path is not None for record in self.data.train)
         self.log.stage(stage, model.trainable(), masks)
 
     def run_epoch(
-        self, stage: Stage, loader: DataLoader, optimizer: torch.optim.Adam, text: ClassText, bar: tqdm
+        self, stage: Stage, steps: Steps, losses: nn.Module, optimizer: torch.optim.Adam, text: ClassText, bar: tqdm
     ) -> None:
         """Train what is left of the current epoch, log it and save the state."""
         started, per_epoch = time.monotonic(), self.steps_per_epoch(stage)
-        steps, before = stage.epochs * per_epoch, self.position.epoch * per_epoch
+        in_all, before = stage.epochs * per_epoch, self.position.epoch * per_epoch
         # Where the epoch's steps are all done, its row still has the rates of the last one.
-        rates = set_learning_rates(optimizer, stage, self.settings, before + per_epoch - 1, steps)
-        for batch in loader:
-            rates = set_learning_rates(optimizer, stage, self.settings, before + self.position.step, steps)
+        rates = set_learning_rates(optimizer, stage, self.settings, before + per_epoch - 1, in_all)
+        for step in steps:
+            rates = set_learning_rates(optimizer, stage, self.settings, before + self.position.step, in_all)
             # In loop 1 from closed, where the model is the base.
-            self.model.open_gates(stage.name, (before + self.position.step) / steps if stage.loop == 1 else 1)
-            values = self.train_step(stage, batch, optimizer, text)
-            self.log.step(self.position, values, rates)
-            self.position = self.position._replace(step=self.position.step + 1)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{rates['lr']:.1e}", refresh=False)
+            self.model.open_gates(stage.name, (before + self.position.step) / in_all if stage.loop == 1 else 1)
+            last = self.position.step + 1 == per_epoch
+            values = self.train_step(stage, step, losses, optimizer, text, rates, last)
+            if values:
+                bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{rates['lr']:.1e}", refresh=False)
+                self._save_if_due()
             bar.update()
-            self._save_if_due(stage.name, optimizer)
-        self.optimizer_states[stage.name] = optimizer.state_dict()
         seconds = time.monotonic() - started
         self.log.epoch(self.position, rates, seconds, self.validate(stage, text) if self.data.held_out else {})
         self.position = self.position._replace(epoch=self.position.epoch + 1, step=0)
         self.save()
 
-    def train_step(self, stage: Stage, batch: Batch, optimizer: torch.optim.Adam, text: ClassText) -> dict[str, float]:
-        """One step of the optimiser; the values of its log row. The losses are those before the step."""
+    def train_step(
+        self,
+        stage: Stage,
+        step: Step,
+        losses: nn.Module,
+        optimizer: torch.optim.Adam,
+        text: ClassText,
+        rates: dict[str, float],
+        fetch: bool,
+    ) -> dict[str, float] | None:
+        """One step of the optimiser. The losses that it measures are those before it.
+
+        Its measures wait on the device until they are many enough, or until `fetch`; then they are logged, and those of
+        the last step returned.
+        """
         modules = self.model.learned(stage.name)
         optimizer.zero_grad(set_to_none=True)
-        with added_terms(self.model) as added:
-            loss, terms = self.losses(stage, batch, text)
-        loss.backward()
-        values = to_floats({"loss": loss.detach(), **terms, **added, **gradient_norms(modules)})
-        values["emptied_masks"] = int(batch["emptied"].sum())
-        self._check_finite(values, batch, "no step was made")
+        own = self._backward(stage, step, losses, text)
+        same = gradient_norms(modules)
+        self._waiting.append(Measured(self.position, step.records, rates, own, same))
+        fetch |= len(self._waiting) >= self.fetch_steps
+        # Before the step, so that where another process is lost meanwhile, this one is where it was before it.
+        sums = self._fetch() if fetch else []
         with update_norms(modules) as updates:
             optimizer.step()
-        moved = to_floats(updates)
-        self._check_finite(moved, batch, "the step that made it so is not saved")
-        return values | moved
+        same |= updates
+        self.position = self.position._replace(step=self.position.step + 1)
+        return self._log_steps(sums) if fetch else None
 
-    def losses(self, stage: Stage, batch: Batch, text: ClassText) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the stage on a batch, and its terms without gradient."""
+    def _backward(self, stage: Stage, step: Step, losses: nn.Module, text: ClassText) -> dict[str, Tensor]:
+        """Gradients of a step's loss; this process's part of its measures."""
+        own: dict[str, Tensor] = {}
+        for number, (batch, part) in enumerate(step.pieces, start=1):
+            ahead = isinstance(losses, DistributedDataParallel) and number < len(step.pieces)
+            with cast(DistributedDataParallel, losses).no_sync() if ahead else nullcontext():
+                with added_terms(self.model) as added:
+                    loss, terms = losses(stage, batch, text, part, step.lengths)
+                # Of the gradients, the mean over the processes is taken, of losses that add up.
+                (processes.count() * loss).backward()
+            counts = bool(part.images)
+            emptied = batch["emptied"].sum().to(self.device, non_blocking=True)
+            add_up(own, {"loss": loss, **terms})
+            add_up(own, {name: counts * value for name, value in {**added, "emptied_masks": emptied}.items()})
+        return own
+
+    def _fetch(self) -> list[dict[str, float]]:
+        """What the processes measured together in the steps that wait. Raises TrainingError where it is not finite."""
+        sums = self._summed([step.own for step in self._waiting])
+        same = to_floats([step.same for step in self._waiting])
+        for step, *values in zip(self._waiting, sums, same, strict=True):
+            for found in values:
+                self._check_finite(found, step.position, step.records, "what came of it is not saved")
+        return [with_added_shares(values) for values in sums]
+
+    def _log_steps(self, sums: list[dict[str, float]]) -> dict[str, float]:
+        """Log the steps that wait; the values of the last one. Raises TrainingError where an update is not finite."""
+        values: dict[str, float] = {}
+        for step, found, same in zip(
+            self._waiting, sums, to_floats([step.same for step in self._waiting]), strict=True
+        ):
+            self._check_finite(same, step.position, step.records, "the step that made it so is not saved")
+            values = found | same
+            self.log.step(step.position, values, step.rates)
+        self._waiting.clear()
+        return values
+
+    def _summed(self, steps: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+        """Measures summed over the processes, which tell each other of signals with them."""
+
+        def over_all(numbers: Tensor) -> Tensor:
+            signal = torch.tensor([float(self.stop.received is not None)], dtype=numbers.dtype)
+            *found, stops = processes.total(torch.cat([numbers, signal])).split([len(numbers), 1])
+            self._stopping |= stops.item() > 0
+            return found[0]
+
+        return to_floats(steps, over_all)
+
+    def losses(
+        self, stage: Stage, batch: Batch, text: ClassText, part: Part, lengths: list[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the stage on a part of a batch, and its terms without gradient; `lengths` are those of all parts."""
         settings, model = self.settings, self.model
         images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
         other = batch.get("other")
@@ -216,16 +328,17 @@ class Trainer:
         if stage.features is not None:  # Stage 1, which looks at something
             across_batch = settings.vv_attention == "batch"
             encoding = encode_stage1(
-                model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision, other
+                *(model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision),
+                *(other, partial(processes.joined_rows, lengths=lengths)),
             )
             levels, norm_weight = settings.stage1_levels, settings.text_norm_weight
-            loss, terms = stage1_loss(encoding, model.backbone.scale, target, levels, norm_weight)
+            loss, terms = stage1_loss(encoding, model.backbone.scale, target, levels, norm_weight, part)
         else:
             encoding = encode(model, images, class_names, text, settings.precision, other=other)
-            loss, terms = stage2_loss(encoding, model.backbone.scale, target, settings.det_temperature)
+            loss, terms = stage2_loss(encoding, model.backbone.scale, target, settings.det_temperature, part)
         anchors = encoding.anchors
         # 0 where the normal and the abnormal anchor are one, 1 where they are orthogonal.
-        terms["anchor_separation"] = 1 - (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()
+        terms["anchor_separation"] = part.images * (1 - (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean())
         return loss, {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
@@ -233,11 +346,16 @@ class Trainer:
         """Means of the stage's losses on the held-out images, without augmentation."""
         means = Means()
         dataset = self.data.images(self.data.held_out, self._transform(None))
-        loader = make_loader(dataset, stage.batch_size, self.num_workers)
-        for batch in progress(loader, desc="held out", leave=False):
-            loss, terms = self.losses(stage, batch, text)
-            values = to_floats({"loss": loss, **terms})
-            self._check_finite(values, batch, "these images are held out, the epoch before is not saved as done")
+        steps = Steps(dataset, stage.batch_size, self.num_workers)
+        in_all = math.ceil(len(dataset) / stage.batch_size)
+        for step in progress(steps, desc="held out", leave=False, total=in_all):
+            own: dict[str, Tensor] = {}
+            for batch, part in step.pieces:
+                loss, terms = self.losses(stage, batch, text, part, step.lengths)
+                add_up(own, {"loss": loss, **terms})
+            (values,) = self._summed([own])
+            therefore = "these images are held out, the epoch before is not saved as done"
+            self._check_finite(values, self.position, step.records, therefore)
             means.add(values)
         return means.get()
 
@@ -255,24 +373,31 @@ class Trainer:
     def _transform(self, stage: str | None) -> Transform:
         return Transform(self.model.backbone.img_size, stage, self.settings.augment)
 
-    def _check_finite(self, values: dict[str, float], batch: Batch, therefore: str) -> None:
+    def _check_finite(
+        self, values: Mapping[str, float], position: Position, records: list[Record], therefore: str
+    ) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                files = "\n  ".join(batch["path"])
+                files = "\n  ".join(str(self.data.folder / record.image_path) for record in records)
                 raise TrainingError(
-                    f"{name} is {value} at {self.position}; {therefore}. The batch:\n  {files}\n"
+                    f"{name} is {value} at {position}; {therefore}. The batch:\n  {files}\n"
                     f"The last good state is in {self.folder}. Look at these files, or lower the learning rate."
                 )
 
-    def _save_if_due(self, stage: str, optimizer: torch.optim.Adam) -> None:
-        if self.stop.received or time.monotonic() - self._saved_at > SAVE_SECONDS:
-            self.optimizer_states[stage] = optimizer.state_dict()
+    def _save_if_due(self) -> None:
+        if self._stopping or time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
-        if self.stop.received:
+        if self._stopping:
+            signal = self.stop.received or "a signal to another process"
             raise TrainingStoppedError(
-                f"Stopped by {self.stop.received} at {self.position}; the state is saved in {self.folder}. "
+                f"Stopped by {signal} at {self.position}; the state is saved in {self.folder}. "
                 "The same command goes on from here."
             )
+
+    def _rescue(self) -> None:
+        """Save the state where this process is between two steps that are both logged, or before the optimiser's."""
+        if all(step.position == self.position for step in self._waiting):
+            self.save()
 
     def _tried(self) -> str:
         """Where the run is, what it needs memory for, and what to try instead."""

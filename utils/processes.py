@@ -1,0 +1,191 @@
+"""The processes of one job, as torchrun starts them (https://docs.pytorch.org/docs/stable/elastic/run.html).
+
+Where there is one process, it is the first of one, and all that is asked here is what it is without the others.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+# All that torchrun tells a process, which together say that there are others.
+TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Minutes that processes wait to find each other, and then for what another one does alone.
+TO_MEET, TO_WAIT = 5, 30
+# Where the process that says why the job ends leaves its number.
+SPEAKER = "speaker"
+
+_store: Any = None  # what all processes can read and write, while they are joined
+
+
+def _told(name: str, alone: int) -> int:
+    return int(os.environ[name]) if all(other in os.environ for other in TOLD) else alone
+
+
+def count() -> int:
+    """How many processes the job has."""
+    return _told("WORLD_SIZE", 1)
+
+
+def number() -> int:
+    """Which of them this one is, from 0."""
+    return _told("RANK", 0)
+
+
+def count_here() -> int:
+    """How many of them run on this machine."""
+    return _told("LOCAL_WORLD_SIZE", 1)
+
+
+def number_here() -> int:
+    """Which of those this one is, from 0."""
+    return _told("LOCAL_RANK", 0)
+
+
+def is_first() -> bool:
+    """Whether this process writes files and speaks for all."""
+    return number() == 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within it the processes of the job are connected. Raises ValueError where they do not find each other."""
+    global _store
+    if count() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        _store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=TO_MEET))))
+        dist.init_process_group(
+            backend, store=_store, rank=number(), world_size=count(), timeout=timedelta(minutes=TO_WAIT)
+        )
+        wait()
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"{count()} processes were to meet at {where}, and process {number()} did not find the others, or the port "
+            "is in use. Start all machines with the same --nnodes and --rdzv_endpoint, and choose a port that is free "
+            f"(torchrun --standalone finds one itself). ({str(error).splitlines()[0][:200]})"
+        ) from error
+    yield
+    # Not where something failed: the others learn of it by the connections that end with this process.
+    dist.destroy_process_group()
+    _store = None
+
+
+def may_speak() -> bool:
+    """Whether this process is the one that says why the job ends: the first that asks."""
+    if _store is None:
+        return True
+    own = str(number())
+    try:
+        return _store.compare_set(SPEAKER, "", own).decode() == own
+    except RuntimeError:  # it went with the process that held it
+        return True
+
+
+def lost_words(error: RuntimeError) -> str | None:
+    """What an error says to a user where another process is gone; None for any other error."""
+    if count() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+        return None
+    if "imed out" in str(error):
+        return f"Another process of this job was not heard of for {TO_WAIT} minutes: it hangs, or its machine is gone."
+    return "Another process of this job is gone: killed, perhaps for its memory, or with its machine."
+
+
+def check_agreed(values: Mapping[str, object], cure: str) -> None:
+    """Raise ValueError, on every process, where one of the values is not the same on all; `cure` says what to do."""
+    if count() == 1:
+        return
+    everywhere: list[Any] = [None] * count()
+    dist.all_gather_object(everywhere, {name: str(value) for name, value in values.items()})
+    for other, found in enumerate(everywhere):
+        for name, value in everywhere[0].items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"The processes of this job differ in {name}: {value} in process 0, {found.get(name)} in process "
+                    f"{other}. {cure}"
+                )
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, which alone calls it."""
+    if count() == 1:
+        return make()
+    made: list[Any] = [make() if is_first() else None]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
+@contextmanager
+def first_ahead() -> Iterator[None]:
+    """The first process does what is within it before the others begin: they find what it left on the disk."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    total(torch.zeros(1))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, element by element, without gradient."""
+    if count() == 1:
+        return values
+    summed = values.detach().clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def everyones(value: T) -> list[T]:
+    """What each process has, in their order, for the first process; an empty list for the others."""
+    if count() == 1:
+        return [value]
+    found: list[Any] | None = [None] * count() if is_first() else None
+    dist.gather_object(value, found)
+    return found or []
+
+
+def bounds(length: int, part: int, parts: int) -> tuple[int, int]:
+    """First and last (not included) of `length` things that are in that of `parts` nearly equal parts."""
+    return length * part // parts, length * (part + 1) // parts
+
+
+def joined_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The rows of all processes, one below the other, from `lengths` rows of each; more of its own are left out."""
+    if count() == 1:
+        return rows
+    own = rows.new_zeros((max(lengths), *rows.shape[1:]))
+    own[: lengths[number()]] = rows[: lengths[number()]]
+    found = [torch.empty_like(own) for _ in lengths]
+    dist.all_gather(found, own)
+    return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
+
+
+def with_mean_gradients(module: nn.Module, all_used: bool) -> nn.Module:
+    """A module whose gradients become the mean over the processes in each backward pass; alone, the module itself.
+
+    `all_used`: every step gives a gradient to all parameters that have one.
+    """
+    if count() == 1:
+        return module
+    with warnings.catch_warnings():
+        # A newer name of broadcast_buffers does more: it sends the frozen CLIP around, which all have.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module, find_unused_parameters=not all_used, init_sync=False, broadcast_buffers=False
+        )
