@@ -141,7 +141,7 @@ def fill(domain: str, maps: torch.Tensor, scores: torch.Tensor, batch: dict, cal
     defects = [find_defects(mask.numpy()) for mask in batch["mask"].squeeze(1)]
     prediction = Prediction(maps, scores, scores)
     for rows in np.array_split(np.arange(len(scores)), 2):
-        kept.add(prediction, batch, rows.tolist(), defects)
+        kept.add(prediction, batch, rows.tolist(), defects, 0)
     return kept
 
 
