@@ -14,7 +14,7 @@ images: their parts, merged in any order, give the same metrics as one process t
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import cv2
@@ -208,14 +208,15 @@ class ImageHistograms:
         own = self._append([(exponent, top)], low, high)[:, 0]
         own[0] = np.bincount(places[~defects.mask], minlength=self.BINS)
         own[1] = np.bincount(inside, minlength=self.BINS)
-        own[2] = np.bincount(inside, weights=defects.weights[defects.mask], minlength=self.BINS)
+        shares = np.bincount(inside, weights=defects.weights[defects.mask], minlength=self.BINS)
+        own[2] = np.rint(shares * 2**24) / 2**24  # float64 sums of these are exact: no order or thread changes them
 
     def _bins(self, low: float, high: float) -> tuple[int, int]:
         """Exponent of the narrowest bins of which BINS hold all scores from `low` to `high`, and the highest of them.
 
         A range around another has no narrower bins. None are narrower than float32 scores lie apart.
         """
-        spacing = float(np.spacing(np.float32(max(-low, high))))
+        spacing = max(math.ulp(max(-low, high)) * 2**29, 2.0**-149)  # a float64 has 29 bits more
         exponent = math.frexp(max((high - low) / self.BINS, spacing / 2))[1]
         while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.BINS:
             exponent += 1
@@ -312,7 +313,7 @@ class Sample:
                 found["decision_f1"] = np.where(times @ self.labels > 0, 2 * hits / named, np.nan)
             found["decision_accuracy"] = right / times.sum(axis=-1)
         if self.pixels is not None:
-            normal, anomalous, overlap = (times.astype(np.float32) @ kind for kind in self.pixels)
+            normal, anomalous, overlap = (times @ kind.astype(np.float64) for kind in self.pixels)
             pixel = curve_metrics(normal, anomalous, overlap, times @ self.regions)
             found |= {f"pixel_{name}": value for name, value in pixel.items()}
         return {name: found.get(name, np.full(len(times), np.nan)) for name in METRICS}
@@ -324,20 +325,6 @@ def _ranked(labels: np.ndarray, scores: np.ndarray, times: np.ndarray) -> dict[s
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # ties are one entry
     kinds = (np.add.reduceat(times[:, order] * kind[order], starts, axis=1) for kind in (1 - labels, labels))
     return curve_metrics(*kinds)
-
-
-# What `ClassScores` lists of its images.
-PER_IMAGE = (
-    "numbers",
-    "paths",
-    "labels",
-    "detection_scores",
-    "single_scores",
-    "highest",
-    "lowest",
-    "regions",
-    "pixel_ap",
-)
 
 
 @dataclass
@@ -445,6 +432,10 @@ class ClassScores:
         if not self.maskless:
             found |= {f"pixel_{name}": value for name, value in self.pixels.metrics().items()}
         return found
+
+
+# What is listed of each image.
+PER_IMAGE = [kept.name for kept in fields(ClassScores) if kept.default_factory is list]
 
 
 def mean_over_classes(per_class: list[dict]) -> dict:
