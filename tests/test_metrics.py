@@ -366,10 +366,27 @@ def test_pixels_counted_around_different_middles_do_not_merge():
     assert counts.middle == 1.0
 
 
+def test_shares_of_regions_are_whole_numbers():
+    mask = np.zeros((300, 300), dtype=bool)
+    mask[::20, ::20], mask[10, :7], mask[150:, 1:19] = True, True, True
+    defects = find_defects(mask)
+    scores = np.random.default_rng(0).normal(0, 1, mask.shape).astype(np.float32)
+    counts, histograms = PixelCounts(), ImageHistograms()
+    counts.add(torch.from_numpy(scores), defects)
+    histograms.add(scores, defects)
+    coarse, fine = counts.counts[2:].sum(axis=1).tolist()
+    assert (coarse * 2**30 + fine) / 2**60 == pytest.approx(defects.regions, abs=1e-12)
+    shares = histograms.stacked()[2].astype(float)
+    assert shares.sum() == pytest.approx(defects.regions, abs=1e-5)
+    assert np.array_equal(shares * 2**24, np.rint(shares * 2**24))
+
+
 def test_threads_that_sum_in_other_orders_change_no_resample():
-    sample = random_class().sample()
-    times = np.random.default_rng(0).integers(0, 4, (20, 40)).astype(float)
-    order = np.random.default_rng(1).permutation(40)
+    rng = np.random.default_rng(0)
+    times, order = rng.integers(0, 4, (20, 40)).astype(float), rng.permutation(40)
+    pixels = rng.integers(0, 2**22, (3, 40, ImageHistograms.BINS)).astype(np.float32)
+    pixels[2] /= 2**24
+    sample = replace(random_class().sample(), pixels=pixels)
     turned = replace(
         sample,
         labels=sample.labels[order],

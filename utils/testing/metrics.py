@@ -251,8 +251,7 @@ class ImageHistograms:
             return stacked
         common, highest = self._bins(self.low, self.high)
         for image, (exponent, top) in enumerate(self.bins):
-            # A shift by more than 62 bits leaves the sign alone, as one by 62 does.
-            joined = (top - np.arange(self.BINS)) >> min(common - exponent, 62)
+            joined = (top - np.arange(self.BINS)) >> (common - exponent)  # halved and rounded down, as often
             places = (highest - joined).clip(0, self.BINS - 1)  # what is beyond is empty
             for kind in range(3):
                 stacked[kind, image] = np.bincount(places, self.counts[kind, image], minlength=self.BINS)
