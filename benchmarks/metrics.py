@@ -49,7 +49,7 @@ def add(kept: list[ClassScores], batch: Batch, found: list[Prediction]) -> None:
     """Take in a batch, as `utils.testing.measure` does."""
     defects = [find_defects(mask.numpy()) for mask in batch["mask"].squeeze(1)]
     for scores, prediction in zip(kept, found, strict=True):
-        scores.add(prediction, batch, [0], defects)
+        scores.add(prediction, batch, [0], defects, len(scores.numbers))
 
 
 def finish(kept: list[ClassScores]) -> list[Sample]:

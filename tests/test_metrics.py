@@ -1,10 +1,15 @@
 """Metrics against scikit-learn and a plain AUPRO, and the published mixture of image scores."""
 
+import itertools
 import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 
@@ -141,7 +146,7 @@ def fill(domain: str, maps: torch.Tensor, scores: torch.Tensor, batch: dict, cal
     defects = [find_defects(mask.numpy()) for mask in batch["mask"].squeeze(1)]
     prediction = Prediction(maps, scores, scores)
     for rows in np.array_split(np.arange(len(scores)), 2):
-        kept.add(prediction, batch, rows.tolist(), defects)
+        kept.add(prediction, batch, rows.tolist(), defects, 0)
     return kept
 
 
@@ -167,13 +172,18 @@ def test_min_max_as_published():
 
 
 def random_class(images: int = 40, calibration=None) -> ClassScores:
+    return fill("industrial", *random_maps(images), calibration)
+
+
+def random_maps(images: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Maps, image scores and the batch of a class of which every other image has a defect."""
     rng = np.random.default_rng(3)
     labels = (np.arange(images) % 2).tolist()
     masks = torch.zeros(images, 1, 12, 12)
     masks[1::2, 0, 2:6, 3:8] = 1
     maps = torch.from_numpy(rng.normal(0, 1, (images, 12, 12)).astype(np.float32)) + masks.squeeze(1)
     scores = torch.from_numpy((rng.random(images) + 0.4 * np.array(labels)).astype(np.float32))
-    return fill("industrial", maps, scores, batch_of(labels, masks), calibration)
+    return maps, scores, batch_of(labels, masks)
 
 
 def test_image_metrics_agree_with_scikit_learn():
@@ -205,16 +215,60 @@ def test_a_resample_is_a_class_with_images_repeated():
         assert not math.isnan(found[name].item())
 
 
-def test_histograms_widen_and_keep_all_pixels():
+def histograms_of(images: list[np.ndarray], mask: np.ndarray) -> ImageHistograms:
     histograms = ImageHistograms()
-    nothing = find_defects(np.zeros((8, 8)))
-    for low, high in ((1, 1), (0, 3), (-900, 5), (2, 7000)):
-        histograms.add(np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8), nothing)
-    stacked = histograms.stacked()
+    for scores in images:
+        histograms.add(scores, find_defects(mask))
+    return histograms
+
+
+def plain_bins(scores: np.ndarray) -> np.ndarray:
+    """Each score's bin, highest first: by the first power of two, from the spacing of floats, that is wide enough."""
+    for exponent in itertools.count(max(np.frexp(np.abs(scores).max())[1] - 24, -149)):
+        bins = np.floor(np.ldexp(scores.astype(float), -exponent))
+        if bins.max() - bins.min() < ImageHistograms.BINS:
+            return (bins.max() - bins).astype(int)
+
+
+def test_histograms_hold_all_pixels_of_any_range():
+    ranges = ((1, 1), (0, 3), (-900, 5), (2, 7000))
+    images = [np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8) for low, high in ranges]
+    stacked = histograms_of(images, np.zeros((8, 8))).stacked()
     assert stacked.shape == (3, 4, ImageHistograms.BINS)
     assert stacked[0].sum(axis=1).tolist() == [64] * 4 and not stacked[1:].any()
     first, last = (np.flatnonzero(stacked[0, number]) for number in (0, 3))
     assert len(first) == 1 and last[0] < first[0]  # highest score first
+    assert ImageHistograms().stacked().shape == (3, 0, ImageHistograms.BINS)
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=12, max_size=12),
+    order=st.permutations(range(3)),
+    split=st.integers(0, 3),
+)
+def test_histograms_depend_neither_on_order_nor_on_who_saw_an_image(values, order, split):
+    images = np.array(values, dtype=np.float32).reshape(3, 2, 2)
+    mask = np.array([[0, 1], [0, 1]])
+    whole = histograms_of(list(images), mask).stacked()
+    assert (whole[0].sum(axis=1) == 2).all() and (whole[1].sum(axis=1) == 2).all() and (whole[2].sum(axis=1) == 1).all()
+    merged = histograms_of([images[image] for image in order[:split]], mask)
+    merged.merge(histograms_of([images[image] for image in order[split:]], mask).state())
+    assert np.array_equal(merged.stacked(), whole[:, order])
+    merged.arrange(np.argsort(order).tolist())
+    assert np.array_equal(merged.stacked(), whole)
+    expected = np.array(
+        [np.bincount(bins, minlength=ImageHistograms.BINS) for bins in plain_bins(images)[:, mask == 0]]
+    )
+    assert np.array_equal(whole[0], expected)
+
+
+def test_histograms_use_half_of_their_bins_or_more():
+    rng = np.random.default_rng(0)
+    for scale in 2.0 ** rng.uniform(-30, 30, 200):
+        scores = (scale * (rng.uniform(-9, 9) + rng.random((16, 16)))).astype(np.float32)
+        used = np.flatnonzero(histograms_of([scores], np.zeros((16, 16))).stacked()[0, 0])
+        assert used[0] == 0 and ImageHistograms.BINS // 2 <= used[-1] < ImageHistograms.BINS
 
 
 def test_at_most_4_kib_are_kept_of_an_image():
@@ -265,3 +319,80 @@ def test_a_resample_without_one_kind_has_no_average():
     kinds = [{name: np.array(values) for name in METRICS} for values in ([1.0, np.nan], [0.5, 0.5], [np.nan, np.nan])]
     mean = mean_over_classes(kinds)["image_ap"]
     assert mean[0] == 0.75 and math.isnan(mean[1])
+
+
+def shared(maps: torch.Tensor, scores: torch.Tensor, batch: dict, size: int, processes: int) -> list[ClassScores]:
+    """What each process has of a class, from every so manyth batch of that size."""
+    defects = [find_defects(mask.numpy()) for mask in batch["mask"].squeeze(1)]
+    middle = maps[0].median().item()
+    parts = [ClassScores("industrial", pixels=PixelCounts(middle if rank else None)) for rank in range(processes)]
+    for number, start in enumerate(range(0, len(maps), size)):
+        inside = slice(start, start + size)
+        own = {name: values[inside] for name, values in batch.items()}
+        prediction = Prediction(maps[inside], scores[inside], scores[inside])
+        rows = list(range(len(own["path"])))
+        parts[number % processes].add(prediction, own, rows, defects[inside], start)
+    return parts
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    size=st.integers(1, 9),
+    processes=st.integers(1, 5),
+    scale=st.sampled_from([1e-30, 1.0, 1e3]),
+    random=st.randoms(use_true_random=False),
+)
+def test_processes_that_share_the_images_find_what_one_finds(size, processes, scale, random):
+    maps, scores, batch = random_maps(30)
+    maps = scale * maps * torch.rand(30, 1, 1, generator=torch.Generator().manual_seed(random.getrandbits(32)))
+    (whole,) = shared(maps, scores, batch, 30, 1)
+    first, *others = shared(maps, scores, batch, size, processes)
+    random.shuffle(others)
+    for part in others:
+        first.merge(pickle.loads(pickle.dumps(part.state())))
+    assert pickle.dumps(first.state()["images"]) == pickle.dumps(whole.state()["images"])
+    assert np.array_equal(first.pixels.counts, whole.pixels.counts)
+    np.testing.assert_equal(vars(first.sample()), vars(whole.sample()))
+    np.testing.assert_equal(first.metrics(first.sample()), whole.metrics(whole.sample()))
+    times = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=20).astype(float)
+    np.testing.assert_equal(first.sample().metrics(times), whole.sample().metrics(times))
+
+
+def test_pixels_counted_around_different_middles_do_not_merge():
+    counts, other = PixelCounts(1.0), PixelCounts(2.0)
+    with pytest.raises(ValueError, match=r"around 2\.0 do not merge with those around 1\.0"):
+        counts.merge(other.state())
+    counts.merge(PixelCounts().state())
+    assert counts.middle == 1.0
+
+
+def test_shares_of_regions_are_whole_numbers():
+    mask = np.zeros((300, 300), dtype=bool)
+    mask[::20, ::20], mask[10, :7], mask[150:, 1:19] = True, True, True
+    defects = find_defects(mask)
+    scores = np.random.default_rng(0).normal(0, 1, mask.shape).astype(np.float32)
+    counts, histograms = PixelCounts(), ImageHistograms()
+    counts.add(torch.from_numpy(scores), defects)
+    histograms.add(scores, defects)
+    coarse, fine = counts.counts[2:].sum(axis=1).tolist()
+    assert (coarse * 2**30 + fine) / 2**60 == pytest.approx(defects.regions, abs=1e-12)
+    shares = histograms.stacked()[2].astype(float)
+    assert shares.sum() == pytest.approx(defects.regions, abs=1e-5)
+    assert np.array_equal(shares * 2**24, np.rint(shares * 2**24))
+
+
+def test_threads_that_sum_in_other_orders_change_no_resample():
+    rng = np.random.default_rng(0)
+    times, order = rng.integers(0, 4, (20, 40)).astype(float), rng.permutation(40)
+    pixels = rng.integers(0, 2**22, (3, 40, ImageHistograms.BINS)).astype(np.float32)
+    pixels[2] /= 2**24
+    sample = replace(random_class().sample(), pixels=pixels)
+    turned = replace(
+        sample,
+        labels=sample.labels[order],
+        published_scores=sample.published_scores[order],
+        single_scores=sample.single_scores[order],
+        pixels=sample.pixels[:, order],
+        regions=sample.regions[order],
+    )
+    np.testing.assert_equal(turned.metrics(times[:, order]), sample.metrics(times))

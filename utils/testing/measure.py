@@ -82,7 +82,7 @@ def scores_by_class(
     records = bench.records
     left = Counter(record.class_name for record in records)
     in_hand: dict[str, list[ClassScores]] = {}  # at most the classes of one batch
-    emptied = 0
+    start = emptied = 0
     with progress(total=len(records), desc=bench.data.name, unit="image") as bar:
         for batch, found in bench.predictions(contenders, records, after_batch):
             names = batch["class_name"]
@@ -95,7 +95,8 @@ def scores_by_class(
                     ]
                 rows = [row for row, name in enumerate(names) if name == class_name]
                 for scores, prediction in zip(in_hand[class_name], found, strict=True):
-                    scores.add(prediction, batch, rows, defects)
+                    scores.add(prediction, batch, rows, defects, start)
+            start += len(names)
             left.subtract(names)
             for class_name in [name for name in in_hand if not left[name]]:
                 yield class_name, in_hand.pop(class_name)

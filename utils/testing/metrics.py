@@ -7,12 +7,15 @@ anomalib's AUPRO keep every pixel. A key of 22 bits in the order of floats needs
 can count wrongly, and a key is at most 1/4096 as wide as the score lies from the median of the class's first map. Where
 maps of a class do not lie hundreds of times their spread apart, AUROC, AP, F1-max and AUPRO differ by less than 1e-4
 from what every pixel's own score gives (tests/test_metrics.py).
+
+Counts are whole numbers and nothing that is kept of an image depends on another, so several processes may share the
+images: their parts, merged in any order, give the same metrics as one process to the last digit.
 """
 
 import logging
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -123,84 +126,136 @@ def find_defects(mask: np.ndarray) -> Defects:
 class PixelCounts:
     """How many normal and anomalous pixels have each key, and how much of the defects' regions: exact but for the keys.
 
-    Keys are of what a score lies above or below the median of the first map, where they are finest. At most 96 MiB,
+    Keys are of what a score lies above or below `middle`, where they are finest: the median of the first map, unless
+    given. Counts around the same middle merge, and do not depend on who counted which image, or when. At most 128 MiB,
     whatever the number of images; a system that hands out memory as it is touched gives few of them.
     """
 
-    def __init__(self) -> None:
-        self.normal, self.anomalous = (np.zeros(1 << KEY_BITS, dtype=np.int64) for _ in range(2))
-        self.overlap = np.zeros(1 << KEY_BITS)
+    def __init__(self, middle: float | None = None) -> None:
+        self.middle = middle
         self.regions = 0
-        self.middle: Tensor | None = None
+        # Normal pixels, anomalous pixels, and shares of regions. Shares are whole multiples of 2**-60, for sums that no
+        # order changes; in two parts of 30 bits, so that only 2**33 pixels of one key would overflow.
+        self.counts = np.zeros((4, 1 << KEY_BITS), dtype=np.int64)
 
     def add(self, scores: Tensor, defects: Defects) -> None:
         """Count the pixels of one image, scores [S, S], finite."""
         if self.middle is None:
-            self.middle = scores.median().double()
+            self.middle = scores.median().item()
         keys = score_keys((scores.double() - self.middle).float()).cpu().numpy()
+        normal, anomalous, coarse, fine = self.counts
         if not defects.regions:
-            np.add.at(self.normal, keys.ravel(), 1)
+            np.add.at(normal, keys.ravel(), 1)
             return
         inside = keys[defects.mask]
-        np.add.at(self.normal, keys[~defects.mask], 1)
-        np.add.at(self.anomalous, inside, 1)
-        np.add.at(self.overlap, inside, defects.weights[defects.mask])
+        shares = np.rint(defects.weights[defects.mask] * 2.0**60).astype(np.int64)
+        np.add.at(normal, keys[~defects.mask], 1)
+        np.add.at(anomalous, inside, 1)
+        np.add.at(coarse, inside, shares >> 30)
+        np.add.at(fine, inside, shares & ((1 << 30) - 1))
         self.regions += defects.regions
+
+    def state(self) -> dict[str, Any]:
+        """What another process needs to `merge` it: `counts` that are not 0, and their places in the flat array."""
+        places = np.flatnonzero(self.counts)
+        counts = self.counts.ravel()[places]
+        return {"middle": self.middle, "regions": self.regions, "places": places.astype(np.int32), "counts": counts}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add what was counted elsewhere. ValueError where it was counted around another middle."""
+        if self.middle is None:
+            self.middle = state["middle"]
+        if state["middle"] not in (None, self.middle):
+            raise ValueError(f"Pixels counted around {state['middle']} do not merge with those around {self.middle}.")
+        self.regions += state["regions"]
+        self.counts.reshape(-1)[state["places"]] += state["counts"]  # each place is there once
 
     def metrics(self) -> dict[str, float]:
         """AUROC, AP, F1-max and AUPRO of all pixels; NaN where one of the two kinds is absent."""
-        used = np.flatnonzero(self.normal + self.anomalous)[::-1]  # highest score first
+        used = np.flatnonzero(self.counts[0] + self.counts[1])[::-1]  # highest score first
         if not len(used):
             return dict.fromkeys(("auroc", "ap", "f1", "aupro"), math.nan)
-        found = curve_metrics(self.normal[used], self.anomalous[used], self.overlap[used], self.regions)
+        normal, anomalous, coarse, fine = self.counts[:, used]
+        found = curve_metrics(normal, anomalous, coarse * 2.0**-30 + fine * 2.0**-60, self.regions)
         return {name: float(value) for name, value in found.items()}
 
 
 class ImageHistograms:
-    """A small histogram of each image's pixels, over BINS equal bins of one range, for resampling and for ranking.
+    """A small histogram of each image's pixels, for resampling and for ranking.
 
-    A score outside doubles the range, which merges the bins of all images in pairs. Kept per image: 12 bytes a bin.
+    Bins are 2**exponent wide and lie at multiples of that. Those of an image are as narrow as they can be for BINS of
+    them to hold it, so that no image changes what is kept of another; `stacked` joins them until BINS hold all images.
+    Kept per image: 12 bytes a bin.
     """
 
     BINS = 256
 
     def __init__(self) -> None:
-        self.low = self.width = 0.0  # of the range and of one bin
-        self.images = 0
+        self.low, self.high = math.inf, -math.inf  # of all images
+        # Of each image: exponent, and highest bin, counted from the one that starts at a score of 0.
+        self.bins: list[tuple[int, int]] = []
         # Normal pixels, anomalous pixels and share of the regions; images; bins, highest score first. In one block that
         # grows by doubling: many small ones among the maps that come and go would leave memory in pieces.
         self.counts = np.zeros((3, 64, self.BINS), dtype=np.float32)
 
     def add(self, scores: np.ndarray, defects: Defects) -> None:
-        """Take in one image, scores [S, S], finite."""
+        """Take in one image, float32 scores [S, S], finite."""
         low, high = float(scores.min()), float(scores.max())
-        if not self.images:
-            self.low, self.width = low, max(high - low, 1e-6) / self.BINS * (1 + 1e-6)
-        self._widen(low, high)
-        if self.images == self.counts.shape[1]:
-            self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)], axis=1)
-        bins = self.BINS - 1 - ((scores - self.low) / self.width).astype(np.int64).clip(0, self.BINS - 1)
-        inside = bins[defects.mask]
-        own = self.counts[:, self.images]
-        own[0] = np.bincount(bins[~defects.mask], minlength=self.BINS)
+        exponent, top = self._bins(low, high)
+        # In float64, where powers of two change no digit.
+        places = top - np.floor(scores.astype(np.float64) * 2.0**-exponent).astype(np.int64)
+        inside = places[defects.mask]
+        own = self._append([(exponent, top)], low, high)[:, 0]
+        own[0] = np.bincount(places[~defects.mask], minlength=self.BINS)
         own[1] = np.bincount(inside, minlength=self.BINS)
-        own[2] = np.bincount(inside, weights=defects.weights[defects.mask], minlength=self.BINS)
-        self.images += 1
+        shares = np.bincount(inside, weights=defects.weights[defects.mask], minlength=self.BINS)
+        own[2] = np.rint(shares * 2**24) / 2**24  # float64 sums of these are exact: no order or thread changes them
 
-    def _widen(self, low: float, high: float) -> None:
-        half = self.BINS // 2
-        while low < self.low or high >= self.low + self.BINS * self.width:
-            below = low < self.low
-            merged = self.counts.reshape(*self.counts.shape[:2], half, 2).sum(axis=-1)
-            self.counts[:] = 0
-            kept = slice(0, half) if below else slice(half, None)
-            self.counts[..., kept] = merged
-            self.low -= self.BINS * self.width if below else 0
-            self.width *= 2
+    def _bins(self, low: float, high: float) -> tuple[int, int]:
+        """Exponent of the narrowest bins of which BINS hold all scores from `low` to `high`, and the highest of them.
+
+        A range around another has no narrower bins. None are narrower than float32 scores lie apart.
+        """
+        spacing = max(math.ulp(max(-low, high)) * 2**29, 2.0**-149)  # a float64 has 29 bits more
+        exponent = math.frexp(max((high - low) / self.BINS, spacing / 2))[1]
+        while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= self.BINS:
+            exponent += 1
+        return exponent, math.floor(math.ldexp(high, -exponent))
+
+    def _append(self, bins: list[tuple[int, int]], low: float, high: float) -> np.ndarray:
+        """Room [3, images, BINS] for the counts of more images, which have these `bins` and extremes."""
+        start = len(self.bins)
+        self.bins += bins
+        while len(self.bins) > self.counts.shape[1]:
+            self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)], axis=1)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        return self.counts[:, start : len(self.bins)]
+
+    def state(self) -> dict[str, Any]:
+        """What another process needs to `merge` it."""
+        return {"bins": self.bins, "low": self.low, "high": self.high, "counts": self.counts[:, : len(self.bins)]}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in the images of another process, after those that are here."""
+        self._append(state["bins"], state["low"], state["high"])[:] = state["counts"]
+
+    def arrange(self, order: list[int]) -> None:
+        """Bring the images into the `order` of these numbers, each once."""
+        self.bins = [self.bins[image] for image in order]
+        self.counts[:, : len(order)] = self.counts[:, order]
 
     def stacked(self) -> np.ndarray:
-        """[3, images, BINS], highest score first."""
-        return self.counts[:, : self.images]
+        """[3, images, BINS] in the same bins, highest score first."""
+        stacked = np.zeros((3, len(self.bins), self.BINS), dtype=np.float32)
+        if not self.bins:
+            return stacked
+        common, highest = self._bins(self.low, self.high)
+        for image, (exponent, top) in enumerate(self.bins):
+            joined = (top - np.arange(self.BINS)) >> (common - exponent)  # halved and rounded down, as often
+            places = (highest - joined).clip(0, self.BINS - 1)  # what is beyond is empty
+            for kind in range(3):
+                stacked[kind, image] = np.bincount(places, self.counts[kind, image], minlength=self.BINS)
+        return stacked
 
 
 def image_pixel_ap(scores: np.ndarray, defects: Defects) -> float:
@@ -257,7 +312,7 @@ class Sample:
                 found["decision_f1"] = np.where(times @ self.labels > 0, 2 * hits / named, np.nan)
             found["decision_accuracy"] = right / times.sum(axis=-1)
         if self.pixels is not None:
-            normal, anomalous, overlap = (times.astype(np.float32) @ kind for kind in self.pixels)
+            normal, anomalous, overlap = (times @ kind.astype(np.float64) for kind in self.pixels)
             pixel = curve_metrics(normal, anomalous, overlap, times @ self.regions)
             found |= {f"pixel_{name}": value for name, value in pixel.items()}
         return {name: found.get(name, np.full(len(times), np.nan)) for name in METRICS}
@@ -273,10 +328,15 @@ def _ranked(labels: np.ndarray, scores: np.ndarray, times: np.ndarray) -> dict[s
 
 @dataclass
 class ClassScores:
-    """Takes in one model's predictions on one class, batch by batch."""
+    """Takes in one model's predictions on one class, batch by batch.
+
+    Several processes may each take in some batches: what they have, merged, is to the last digit what one process would
+    have. All but the one with the first image are given `pixels` around the `middle` that it found.
+    """
 
     domain: str
     calibration: Calibration | None = None
+    numbers: list[int] = field(default_factory=list)  # of the images in the data set
     paths: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     detection_scores: list[float] = field(default_factory=list)
@@ -289,9 +349,13 @@ class ClassScores:
     histograms: ImageHistograms = field(default_factory=ImageHistograms)
     maskless: bool = False
 
-    def add(self, prediction: Prediction, batch: Batch, rows: list[int], defects: list[Defects]) -> None:
-        """Take in the `rows` of a batch that are of this class, all finite; `defects` are of the whole batch."""
+    def add(self, prediction: Prediction, batch: Batch, rows: list[int], defects: list[Defects], start: int) -> None:
+        """Take in the `rows` of a batch that are of this class, all finite.
+
+        `defects` are of the whole batch; `start` is the number of its first image in the data set.
+        """
         maps = prediction.maps[rows]
+        self.numbers += [start + row for row in rows]
         self.paths += [batch["path"][row] for row in rows]
         self.labels += batch["label"][rows].tolist()
         self.detection_scores += prediction.detection_scores[rows].tolist()
@@ -304,6 +368,26 @@ class ClassScores:
             self.histograms.add(one.cpu().numpy(), defects[row])
             self.regions.append(defects[row].regions)
             self.pixel_ap.append(image_pixel_ap(one.cpu().numpy(), defects[row]))
+
+    def state(self) -> dict[str, Any]:
+        """What another process needs to `merge` it: numbers, texts, lists and arrays."""
+        images = {name: getattr(self, name) for name in PER_IMAGE}
+        parts = {"pixels": self.pixels.state(), "histograms": self.histograms.state()}
+        return {"images": images, "maskless": self.maskless} | parts
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in what another process did of the class; images are then in the order of their numbers.
+
+        ValueError where pixels were counted around different middles.
+        """
+        self.pixels.merge(state["pixels"])
+        self.histograms.merge(state["histograms"])
+        self.maskless |= state["maskless"]
+        order = np.argsort(self.numbers + state["images"]["numbers"]).tolist()
+        self.histograms.arrange(order)
+        for name in PER_IMAGE:
+            values = getattr(self, name) + state["images"][name]
+            setattr(self, name, [values[image] for image in order])
 
     def published_scores(self) -> np.ndarray:
         """The published image scores: half the detection score, half the highest map value, both min-max scaled.
@@ -347,6 +431,10 @@ class ClassScores:
         if not self.maskless:
             found |= {f"pixel_{name}": value for name, value in self.pixels.metrics().items()}
         return found
+
+
+# What is listed of each image.
+PER_IMAGE = [kept.name for kept in fields(ClassScores) if kept.default_factory is list]
 
 
 def mean_over_classes(per_class: list[dict]) -> dict:
