@@ -32,7 +32,7 @@ from dataset.images import IMAGE_SUFFIXES, is_image, pages, read_image
 from dataset.layouts import known_good
 from dataset.survey import found_depth, pages_words
 from dataset.words import on_one_line
-from utils import arguments
+from utils import arguments, processes
 from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.errors import FULL
@@ -201,8 +201,12 @@ def judge_all(
     rows: list[dict],
     failed: dict[Path, str],
 ) -> None:
-    """Add to rows of predictions.csv and to {image: what is wrong with it}; the maps are written as they come."""
-    for path, stem in progress(images.items(), desc="images", unit="image"):
+    """Add to rows of predictions.csv and to {image: what is wrong with it}; the maps are written as they come.
+
+    Where there are several processes, each judges the images whose turn is its own.
+    """
+    turns = list(processes.own_turns(images.items()))
+    for path, stem in progress(turns, desc="images", unit="image"):
         try:
             image = read_image(path, detectors[0].bits)
             verdicts = [detector(image) for detector in detectors]
@@ -223,6 +227,16 @@ def judge_all(
             values = [str(path), detector.name, verdict.single_score, decision, verdict.probability]
             values += [verdict.detection_score, verdict.highest, verdict.map.min(), name]
             rows.append(dict(zip(COLUMNS, values, strict=True)))
+
+
+def bring_together(
+    rows: list[dict], failed: dict[Path, str], images: dict[Path, str]
+) -> tuple[list[dict], dict[Path, str]]:
+    """What all processes judged, and could not, in the order of the images."""
+    order = {str(path): number for number, path in enumerate(images)}
+    parts = processes.for_all((rows, failed))
+    rows = sorted((row for own, _ in parts for row in own), key=lambda row: order[row["image"]])
+    return rows, {path: reason for _, own in parts for path, reason in own.items()}
 
 
 def draw(
@@ -267,6 +281,7 @@ def main() -> int:
         check_there(path)
     check_place(args.save_path, "--save_path")
     images = find_images(args.images, args.save_path)
+    arguments.check_same(args, {"images": list(images)})
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision, args.bits)
     if args.normal_images:
@@ -281,26 +296,31 @@ def main() -> int:
             ", ".join(silent),
         )
     maps = map_files(images, [detector.name for detector in detectors])
-    check_folder(args.save_path, [*(f"{stem}.png" for stem in images.values()), *maps.values()], images)
-    args.save_path.mkdir(parents=True, exist_ok=True)
-    write_csv(args.save_path / TABLE, [], COLUMNS)  # which tells from now on whose folder it is
+    if processes.is_first():
+        check_folder(args.save_path, [*(f"{stem}.png" for stem in images.values()), *maps.values()], images)
+        args.save_path.mkdir(parents=True, exist_ok=True)
+        write_csv(args.save_path / TABLE, [], COLUMNS)  # which tells from now on whose folder it is
+    processes.wait()
     rows: list[dict] = []
     failed: dict[Path, str] = {}
     try:
         judge_all(detectors, images, maps, args.save_path, rows, failed)
+        rows, failed = bring_together(rows, failed, images)
     finally:  # also what was judged before a signal, or before the disk was full
-        write_csv(args.save_path / TABLE, rows, COLUMNS)
+        if processes.is_first():
+            write_csv(args.save_path / TABLE, rows, COLUMNS)
     if rows:
         remark([path for path in images if path not in failed], args.bits)
         show(table(rows))
         seen = min(row["lowest_map_value"] for row in rows), max(row["highest_map_value"] for row in rows)
         extremes, scaled_by = calibrated_extremes(detectors, seen, "all images of this call")
         judged = [(path, stem) for path, stem in images.items() if path not in failed]
-        for number, (path, stem) in enumerate(progress(judged, desc="pictures", unit="image")):
+        own_turns = list(processes.own_turns(enumerate(judged)))
+        for number, (path, stem) in progress(own_turns, desc="pictures", unit="image"):
             own = rows[number * len(detectors) : (number + 1) * len(detectors)]
             draw(path, own, extremes, scaled_by, args.save_path, stem, args.bits)
         logger.info("Wrote predictions.csv, pictures and maps (.npy) to %s", args.save_path)
-    if failed:
+    if failed and processes.is_first():
         logger.error("%d of %d images could not be judged: %s", len(failed), len(images), ", ".join(map(str, failed)))
     return 1 if failed else 0
 

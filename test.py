@@ -19,9 +19,10 @@ from dataset.commands import name_argument, path_argument, show
 from dataset.files import check_place
 from dataset.layouts import known_good
 from dataset.prepare import prepare
+from dataset.records import digest
 from dataset.sets import DataSet, open_all, open_dataset
 from dataset.survey import surveyed, with_bits
-from utils import arguments
+from utils import arguments, processes
 from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.judging import check_normal_images
@@ -100,8 +101,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def open_data_sets(args: argparse.Namespace) -> list[DataSet]:
     """The data sets of --dataset; where one image is asked for, --class_name may be one of its classes."""
-    for name in args.dataset:
-        prepare(name, args.data_root, args.follow_links)
+    with processes.first_ahead():
+        for name in args.dataset:
+            prepare(name, args.data_root, args.follow_links)
+        return open_prepared(args)
+
+
+def open_prepared(args: argparse.Namespace) -> list[DataSet]:
+    """The same, of data sets that lack nothing."""
     named = {"domain": args.domain, "class_name": args.class_name}
     named |= {"follow_links": args.follow_links, "skip_broken": args.skip_broken}
     if args.class_name is None or (args.image_idx is None and not args.list_images):
@@ -166,6 +173,7 @@ def main() -> None:
     for path in [*args.ckpt, *args.control]:
         check_there(path)
     data_sets = open_data_sets(args)
+    arguments.check_same(args, {f"images of {data.name}": digest(data.records) for data in data_sets})
     if args.list_images:
         for data in data_sets:
             show(list_images(data, args.class_name))
@@ -186,12 +194,16 @@ def main() -> None:
     batching = Batching(args.batch_size, machine.num_workers, args.precision)
     benches = [Bench(data, loader.backbone, batching, normal_images_of(args, data)) for data in data_sets]
     if args.image_idx is not None:
+        if not processes.is_first():
+            return
         for bench, class_name in zip(benches, classes, strict=True):
             logger.info("Wrote %s", ", ".join(map(str, draw_one(bench, contenders, class_name, args.image_idx))))
         return
     chapters = []
     for bench in benches:
         comparison = measure(bench, contenders, args.resamples, args.seed)
+        if comparison is None:  # another process writes it
+            continue
         write(comparison)
         count = args.pictures or (REPORT_PICTURES if args.report else 0)
         sheets, curves = draw(comparison, count) if count else ([], None)
@@ -200,7 +212,7 @@ def main() -> None:
             (index, *_) = comparison.subject.choose(class_name, 1)
             one_image = draw_one(bench, contenders, class_name, index)
             chapters.append(Chapter(comparison, sheets, curves, one_image))
-    if args.report:
+    if chapters:
         logger.info("Report: %s", write_report(chapters))
 
 

@@ -62,6 +62,8 @@ def save_stage(trainer: Trainer, stage: Stage) -> None:
     }
     if stage.name == "image":
         content["calibration"] = trainer.calibrate()
+    if not processes.is_first():
+        return
     checkpoints.save(content, path)
     logger.info("Saved %s", path)
 
@@ -77,8 +79,7 @@ def main() -> None:
         return
     with trainer.running():
         for stage in trainer.stages():
-            if processes.is_first():
-                save_stage(trainer, stage)
+            save_stage(trainer, stage)
     same = arguments.as_words(arguments.given(args, "dataset", "domain", "class_name", "shot"))
     command = ["python", "train_cross_attention.py", "--resume", str(trainer.folder), *same]
     logger.info("Done. Extend it: %s", shlex.join(command))

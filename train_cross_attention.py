@@ -136,23 +136,26 @@ def is_whole(path: Path) -> bool:
 def keep_base(trainer: Trainer, source: Checkpoint) -> None:
     """Write loop_0.pth, the base that the run is compared with, unless it is there and whole."""
     path = trainer.folder / "loop_0.pth"
-    if is_whole(path):
+    if processes.from_first(lambda: is_whole(path)):
         return
-    if source.is_loop_file:
-        checkpoints.save(checkpoints.read(source.folder / "loop_0.pth"), path)
-    else:
+    if not source.is_loop_file:
         save_loop(trainer, 0)
+    elif processes.is_first():
+        checkpoints.save(checkpoints.read(source.folder / "loop_0.pth"), path)
 
 
 def save_loop(trainer: Trainer, loop: int) -> Path:
     """Write loop_<loop>.pth: the four modules as they are, and all that tells how they came to be."""
     path = trainer.folder / f"loop_{loop}.pth"
+    calibration = trainer.calibrate()
+    if not processes.is_first():
+        return path
     content = {
         **checkpoints.states(trainer.model),
         **trainer.plan.header,
         "loop": loop,
         "metrics": trainer.log.metrics,
-        "calibration": trainer.calibrate(),
+        "calibration": calibration,
         "environment": checkpoints.environment(trainer.model.backbone, trainer.device),
     }
     checkpoints.save(content, path)
@@ -174,6 +177,7 @@ def report_lost(folder: Path, loops: Iterable[int]) -> None:
 
 def report_tests(trainer: Trainer, tests: LoopTests, path: Path) -> None:
     """Test a loop that was saved beside the base, write both results, and log the rows of the average."""
+    processes.wait()  # until it is saved
     for comparison in tests.test(path, after_batch=trainer.stop.check):
         for results in comparison.results:
             write_results(results)
@@ -200,13 +204,12 @@ def main() -> None:
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
     with trainer.running():
-        if processes.is_first():
-            keep_base(trainer, checkpoint)
+        keep_base(trainer, checkpoint)
         for stage in trainer.stages():
-            # A loop ends with Stage 2.
-            if stage.name == "image" and processes.is_first():
+            if stage.name == "image":  # a loop ends with Stage 2
                 path = save_loop(trainer, stage.loop)
-                draw_training(trainer.folder / "log.csv", trainer.folder / "training.png")
+                if processes.is_first():
+                    draw_training(trainer.folder / "log.csv", trainer.folder / "training.png")
                 report_tests(trainer, tests, path)
     last = trainer.folder / f"loop_{plan.last_loop}.pth"
     logger.info("Done. Compare with the base: python test.py --ckpt %s --dataset NAME", last)

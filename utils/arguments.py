@@ -19,6 +19,7 @@ from dataset.records import check_class
 from dataset.words import printable
 from model.adapter_cross_attention import ModelConfig, model_fields
 from model.weights import WEIGHT_FOLDERS
+from utils import processes
 from utils.machine import Machine, default_device
 from utils.options import add_fields, add_flag, at_least
 
@@ -61,6 +62,8 @@ PRECISION: dict[str, Any] = {
     "group": "places and machine",
 }
 DEFAULT_PRECISION = "fp32"
+# Arguments that may differ between the machines of one job.
+PLACES = ("clip_weights", "data_root", "images")
 # Lines of all @FILEs of a call, and @FILEs within each other.
 MOST_LINES, DEEPEST = 100_000, 20
 
@@ -228,6 +231,12 @@ def machine_of(args: argparse.Namespace) -> Machine:
         workers = 4 if args.device.startswith("cuda") else 0
     take_machine(args)
     return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links, args.skip_broken)
+
+
+def check_same(args: argparse.Namespace, more: Mapping[str, object]) -> None:
+    """Raise ValueError where processes of one job have other arguments, or `more` that is not the same in all."""
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in PLACES}
+    processes.check_alike(flags | dict(more))
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -5,11 +5,9 @@ A loop file holds the four modules (state dicts, None where switched off), `loop
 """
 
 import io
-import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 
@@ -21,6 +19,7 @@ from model.adapter_cross_attention import MODULES, CrossAttentionCLIP
 from model.backbone import Backbone
 from model.pickles import read_archive
 from model.weights import REPOSITORY, check_weights
+from utils import processes
 from utils.calibration import Calibration
 from utils.files import file_sha256
 from utils.schema import HalfOfBase, LoopFile, expect
@@ -274,12 +273,6 @@ def states(model: CrossAttentionCLIP) -> dict[str, dict[str, Tensor] | None]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of what results depend on."""
-    names = ("torch", "torchvision", "open_clip_torch", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
 def environment(backbone: Backbone, device: torch.device) -> dict:
     """Versions, device, git revision and CLIP weights, for whoever wonders how a checkpoint came to be."""
     try:
@@ -288,7 +281,7 @@ def environment(backbone: Backbone, device: torch.device) -> dict:
     except (OSError, subprocess.CalledProcessError):
         revision = None  # not a clone, or no git here
     return {
-        **versions(),
+        **processes.versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "git_revision": revision,
         "clip_sha256": backbone.sha256,

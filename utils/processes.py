@@ -4,10 +4,14 @@ Where there is one process, it is the first of one, and all that is asked here i
 """
 
 import os
+import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
+from itertools import islice
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -103,18 +107,22 @@ def lost_words(error: RuntimeError) -> str | None:
     return "Another process of this job is gone: killed, perhaps for its memory, or with its machine."
 
 
-def check_agreed(values: Mapping[str, object], cure: str) -> None:
-    """Raise ValueError, on every process, where one of the values is not the same on all; `cure` says what to do."""
-    if count() == 1:
-        return
-    everywhere: list[Any] = [None] * count()
-    dist.all_gather_object(everywhere, {name: str(value) for name, value in values.items()})
+def versions() -> dict[str, str]:
+    """Of Python and of what results depend on."""
+    names = ("torch", "torchvision", "open_clip_torch", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def check_alike(values: Mapping[str, object]) -> None:
+    """Raise ValueError, in every process, where versions or one of the values are not the same in all."""
+    everywhere = for_all({name: str(value) for name, value in {**versions(), **values}.items()})
     for other, found in enumerate(everywhere):
         for name, value in everywhere[0].items():
             if found.get(name) != value:
+                shown = [shorten(str(one), 80) for one in (value, found.get(name))]
                 raise ValueError(
-                    f"The processes of this job differ in {name}: {value} in process 0, {found.get(name)} in process "
-                    f"{other}. {cure}"
+                    f"The processes of this job differ in {name}: {shown[0]} in process 0, {shown[1]} in process "
+                    f"{other}. Start all of them by the same command, with the same versions and the same files."
                 )
 
 
@@ -151,13 +159,27 @@ def total(values: Tensor) -> Tensor:
     return summed
 
 
-def everyones(value: T) -> list[T]:
+def for_first(value: T) -> list[T]:
     """What each process has, in their order, for the first process; an empty list for the others."""
     if count() == 1:
         return [value]
     found: list[Any] | None = [None] * count() if is_first() else None
     dist.gather_object(value, found)
     return found or []
+
+
+def for_all(value: T) -> list[T]:
+    """What each process has, in their order."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def own_turns(things: Iterable[T]) -> Iterator[T]:
+    """Of things that the processes take in turns, those of this one."""
+    return islice(things, number(), None, count())
 
 
 def bounds(length: int, part: int, parts: int) -> tuple[int, int]:

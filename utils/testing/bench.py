@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.loading import AnomalyDataset, Batch, make_loader
+from dataset.loading import AnomalyDataset, Batch, Take, make_loader
 from dataset.records import Record, partners
 from dataset.sets import DataSet
 from dataset.transforms import Transform
@@ -62,12 +62,13 @@ class Bench:
         records: list[Record],
         after_batch: Callable[[], None] = lambda: None,
         num_workers: int | None = None,
+        take: Take | None = None,
     ) -> Iterator[tuple[Batch, list[Prediction]]]:
-        """Batches of `records`, and every contender's predictions on them; see `judge_batches`."""
+        """Batches of `records`, and every contender's predictions on them; see `judge_batches` and `make_loader`."""
         others = None
         if any(contender.model.sees_another_image for contender in contenders):
             others = partners(self.records, seed=0)
         images = AnomalyDataset(self.data.folder, records, self._transform, partners=others)
         workers = self.batching.num_workers if num_workers is None else num_workers
-        batches = make_loader(images, self.batching.batch_size, workers)
+        batches = make_loader(images, self.batching.batch_size, workers, take=take)
         return judge_batches([self.detector(contender) for contender in contenders], batches, after_batch)

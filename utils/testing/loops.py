@@ -18,10 +18,13 @@ class LoopTests:
     def __init__(self, benches: list[Bench], load: Callable[[Checkpoint], CrossAttentionCLIP]):
         self.benches, self.load = benches, load
         self._base: Contender | None = None
-        self._of_base: dict[str, Results] = {}
+        self._of_base: dict[str, dict[Contender, Results | None]] = {}
 
     def test(self, path: Path, after_batch: Callable[[], None]) -> Iterator[Comparison]:
-        """Compare the loop file at `path` with the base on every bench; `after_batch` may end it by an exception."""
+        """Compare the loop file at `path` with the base on every bench; `after_batch` may end it by an exception.
+
+        Nothing comes of it in other processes than the first, which all take part.
+        """
         if not self.benches:
             return
         checkpoint = load_checkpoint(path)
@@ -31,7 +34,9 @@ class LoopTests:
             self._base = Contender(base, self.load(base), checkpoint_names([base])[0])
         loop = Contender(checkpoint, self.load(checkpoint), name, {"base": self._base})
         for bench in self.benches:
-            earlier = [self._of_base[bench.data.name]] if bench.data.name in self._of_base else []
+            earlier = self._of_base.get(bench.data.name)
             comparison = measure(bench, [self._base, loop], earlier=earlier, after_batch=after_batch)
-            self._of_base[bench.data.name] = comparison.results[0]
-            yield comparison
+            if earlier is None:
+                self._of_base[bench.data.name] = {self._base: comparison.results[0] if comparison else None}
+            if comparison:
+                yield comparison

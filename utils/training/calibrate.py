@@ -1,8 +1,10 @@
 """The calibration of a run's model, on images that it did not train on where there are some."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from dataset.loading import make_loader
 from dataset.records import Record
 from dataset.sets import canonical_name
 from dataset.transforms import Transform
-from utils import calibration
+from utils import calibration, processes
 from utils.judging import Detector, judge_batches
 from utils.logs import progress
 from utils.options import completed
@@ -29,20 +31,25 @@ def calibrate(
 ) -> dict | None:
     """`Calibration` of a run's model, as checkpoints hold it; on held-out images, else on those it trained on.
 
-    At most IMAGES_OF_A_KIND are drawn of each kind, by the seed. None, with a warning, where one kind is missing.
+    At most IMAGES_OF_A_KIND are drawn of each kind, by the seed. None, with a warning, where one kind is missing; and
+    in other processes than the first, which all take part.
     """
     settings = plan.settings
     held_out = bool(data.held_out) and not _base_saw_held_out(plan.base, settings)
     records = _draw_kinds(data.held_out or data.train, IMAGES_OF_A_KIND, settings.seed)
     images = data.images(records, Transform(detector.model.backbone.img_size))
-    loader = make_loader(images, settings.text_batch_size, num_workers)
-    scores, highest, lowest, labels = [], [], [], []
-    batches = progress(loader, desc="calibration", leave=False)
+    many = settings.text_batch_size
+    loader = make_loader(images, many, num_workers, take=processes.own_turns)
+    batches = progress(loader, desc="calibration", leave=False, total=math.ceil(len(images) / many / processes.count()))
+    own = []
     for batch, (found,) in judge_batches([detector], batches, after_batch):
-        scores += found.detection_scores.tolist()
-        highest += found.maps.amax(dim=(1, 2)).tolist()
-        lowest += found.maps.amin(dim=(1, 2)).tolist()
-        labels += batch["label"].tolist()
+        maps = found.maps.flatten(1)
+        own.append([found.detection_scores.tolist(), maps.amax(dim=1).tolist(), maps.amin(dim=1).tolist()])
+        own[-1].append(batch["label"].tolist())
+    if not (parts := processes.for_first(own)):
+        return None
+    turns = [batch for turn in zip_longest(*parts) for batch in turn if batch]  # in the order of the images
+    scores, highest, lowest, labels = (list(chain(*column)) for column in zip(*turns, strict=True))
     fitted = calibration.fit(scores, highest, labels, map_range=(min(lowest), max(highest)), held_out=held_out)
     if fitted is None:
         logger.warning("No calibration: the images are all of one kind, so a decision cannot be fitted.")

@@ -7,7 +7,7 @@ from dataset.files import check_place
 from model.backbone import load_backbone
 from model.weights import weights_sha256
 from utils import processes
-from utils.checkpoints import STATE_FILE, Checkpoint, states, versions
+from utils.checkpoints import STATE_FILE, Checkpoint, states
 from utils.machine import Machine
 from utils.models import build_model, check_clip, check_modules
 from utils.training.data import load_training_data
@@ -50,7 +50,7 @@ def start(
         data = data.with_partners(plan.settings.seed)
     weights = weights_sha256({f"{name}.{key}": t for name, s in states(model).items() for key, t in (s or {}).items()})
     same = {"CLIP weights": backbone.sha256, "images to train on": data.summary, "weights to start from": weights}
-    processes.check_agreed(same, "Bring the same files to all machines.")
+    processes.check_alike(same)
     trainer = Trainer(model, data, plan, state, machine.num_workers, open_board, pieces)
     if state:
         check_clip(state["clip_sha256"], backbone, f"{plan.folder}: this run has CLIP weights of SHA-256")
@@ -74,5 +74,5 @@ def check_processes(plan: Plan, machine: Machine, pieces: int) -> None:
             f"--accumulate {pieces}: a batch of Stage 2 has {plan.settings.image_batch_size} images "
             "(--image_batch_size), which cannot be cut into more pieces."
         )
-    same = {"arguments": plan.header["config"], "last loop": plan.last_loop, "kind of device": machine.device.type}
-    processes.check_agreed(same | versions(), "Start all of them by the same command, in the same environment.")
+    flags = {f"--{name}": value for part in plan.header["config"].values() for name, value in part.items()}
+    processes.check_alike({**flags, "--loops": plan.last_loop, "the kind of --device": machine.device.type})
