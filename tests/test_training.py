@@ -185,6 +185,29 @@ def test_optimiser_state_resets_or_carries(backbone, data_root, tmp_path):
     assert moments["carry"] == [(n, k * per_loop[n]) for k in (1, 2) for n in ("text", "image")]
 
 
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_a_batch_in_pieces_trains_what_it_does_whole(backbone, data_root, tmp_path, pieces):
+    trained = []
+    for number in (1, pieces):
+        trainer = make_trainer(backbone, data_root, tmp_path / str(number), image_batch_size=6, text_batch_size=20)
+        trainer.pieces = number
+        train(trainer)
+        trained.append(trainer)
+    whole, cut = (checkpoints.states(trainer.model)["image_adapter"] for trainer in trained)
+    assert max((whole[name] - cut[name]).abs().max() for name in whole) < 1e-5
+    measured = [trainer.log.metrics["image"] for trainer in trained]
+    for name, value in measured[0].items():
+        assert measured[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_measures_fetched_late_are_the_same(backbone, data_root, tmp_path):
+    for steps in (1, 3):
+        trainer = make_trainer(backbone, data_root, tmp_path / str(steps))
+        trainer.fetch_steps = steps
+        train(trainer)
+    assert without_time(tmp_path / "1") == without_time(tmp_path / "3")
+
+
 def test_v_v_attention_follows_its_flags(backbone, data_root, tmp_path, monkeypatch):
     assert vv_start(settings(), SimpleNamespace(image_blocks=range(24), default_vv_start=5)) == 5
     assert vv_start(settings(surgery_until_layer=20), SimpleNamespace(image_blocks=range(24))) == 5

@@ -30,7 +30,7 @@ def _heard() -> Iterator[None]:
 def _end(code: int, text: str, level: int = logging.ERROR) -> int:
     """Say why the job ends, where no other process of it has said so; its exit code."""
     if processes.may_speak():
-        logger.log(level, "%s", text)
+        logger.log(level if processes.is_first() else logging.ERROR, "%s", text)
         logger.debug("Where it happened:", exc_info=True)
     return code
 
