@@ -56,15 +56,19 @@ class PromptBank:
         check_grid(backbone.grid, domain)
         self.descriptions, self.domain = descriptions, domain
         self.index = {name: number for number, name in enumerate(descriptions)}
-        unknown = {word for description in descriptions.values() for word in backbone.unknown_words(description)}
-        if unknown:
-            logger.warning("This CLIP knows nothing of these words in the prompts: %s.", ", ".join(sorted(unknown)))
+        self.check_words(backbone)
         texts = [prompt for description in descriptions.values() for prompt in class_prompts(description)]
         ids = backbone.tokenize(texts)
         per_class = (len(descriptions), -1)
         tokens = backbone.first_text_block(ids).unflatten(0, per_class)
         self.prompts = Prompts(tokens, ids.argmax(dim=-1).unflatten(0, per_class))
         self.lengths = (self.prompts.eot.amax(dim=1) + 1).tolist()
+
+    def check_words(self, backbone: Backbone) -> None:
+        """Warn of words that the backbone was never trained on."""
+        unknown = {word for description in self.descriptions.values() for word in backbone.unknown_words(description)}
+        if unknown:
+            logger.warning("This CLIP knows nothing of these words in the prompts: %s.", ", ".join(sorted(unknown)))
 
     def numbers(self, class_names: list[str]) -> list[int]:
         """The place of each class in the bank. Raises KeyError for a class that is not in it."""

@@ -18,6 +18,7 @@ from utils import arguments, checkpoints, processes
 from utils.cli import run_script
 from utils.models import resolve_config
 from utils.settings import add_settings, add_training_arguments, settings_of
+from utils.training.estimate import describe_estimates
 from utils.training.plan import Plan, Stage, describe_plan, plan_stages
 from utils.training.start import start
 from utils.training.trainer import Trainer
@@ -72,7 +73,7 @@ def main() -> None:
     args = parse_arguments()
     plan = make_plan(args)
     if args.dry_run:
-        show(describe_plan(plan))
+        show(describe_plan(plan), "", describe_estimates(plan, args.device_tflops))
         return
     trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard, args.accumulate)
     if trainer is None:

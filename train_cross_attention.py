@@ -31,14 +31,12 @@ from utils.report.tables import notes, text_table, write_results
 from utils.settings import add_settings, add_training_arguments, settings_of
 from utils.testing.bench import Batching, Bench
 from utils.testing.loops import LoopTests
+from utils.training.estimate import EVAL_BATCH, describe_estimates
 from utils.training.plan import Plan, describe_plan, plan_stages
 from utils.training.start import start
 from utils.training.trainer import Trainer
 
 logger = logging.getLogger("train_cross_attention")
-
-# Images per forward of --eval_dataset; results do not depend on it.
-EVAL_BATCH = 8
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -190,7 +188,7 @@ def main() -> None:
     checkpoint = load_start(args)
     plan = make_plan(args, checkpoint)
     if checkpoint is None or args.dry_run:
-        show(describe_plan(plan))
+        show(describe_plan(plan), "", describe_estimates(plan, args.device_tflops))
         return
     machine = arguments.machine_of(args)
     trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard, args.accumulate)

@@ -55,61 +55,74 @@ def make_model(backbone: Backbone, placement: str, text: bool, image: bool) -> C
     return model
 
 
-def cases(
-    backbone: Backbone, batch_size: int, placement: str, precision: str = "fp32"
-) -> dict[str, Callable[[], None]]:
-    """{what: one call of it}."""
-    size, device = backbone.img_size, backbone.device
-    images = standin_images(batch_size, size).to(device)
-    classes = ["candle", "cashew"] * (batch_size // 2) + ["candle"] * (batch_size % 2)
-    batch = {
-        "mask": standin_masks(batch_size, size).to(device),
-        "label": torch.tensor([1] + [0] * (batch_size - 1), device=device),
-        "has_mask": torch.ones(batch_size, dtype=torch.bool),
-    }
-    bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"}, "industrial")
-    both, image_only = (make_model(backbone, placement, text, True).to(device) for text in (True, False))
-    vv_start = backbone.default_vv_start
+class Calls:
+    """What is measured: each method gives one call, on the same images of two classes, the first with a defect."""
 
-    def step(stage: str, looks_at: str | None = None) -> Callable[[], None]:
+    def __init__(self, backbone: Backbone, batch_size: int, precision: str = "fp32"):
+        size, device = backbone.img_size, backbone.device
+        self.backbone, self.precision = backbone, precision
+        self.images = standin_images(batch_size, size).to(device)
+        self.classes = ["candle", "cashew"] * (batch_size // 2) + ["candle"] * (batch_size % 2)
+        self.batch = {
+            "mask": standin_masks(batch_size, size).to(device),
+            "label": torch.tensor([1] + [0] * (batch_size - 1), device=device),
+            "has_mask": torch.ones(batch_size, dtype=torch.bool),
+        }
+        self.bank = PromptBank(backbone, {"candle": "candle", "cashew": "cashew nut"}, "industrial")
+
+    def plain(self) -> None:
+        """The unit: open_clip's own forward."""
+        with torch.no_grad(), autocast(self.backbone.device, self.precision):
+            self.backbone.clip.encode_image(self.images)
+
+    def step(
+        self, model: CrossAttentionCLIP, stage: str, looks_at: str = "", levels: str = "all"
+    ) -> Callable[[], None]:
+        """A training step of "text", which looks at features and trains on `levels`, or of "image"."""
         # As in training, one for all steps of a stage.
-        both.set_stage(stage)
-        optimizer = torch.optim.Adam([p for p in both.parameters() if p.requires_grad], lr=1e-6)
-        text = ClassText(both, bank, fixed=stage == "image")
+        model.set_stage(stage)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        text = ClassText(model, self.bank, fixed=stage == "image")
+        images, classes, batch, precision = self.images, self.classes, self.batch, self.precision
+        vv_start, scale = self.backbone.default_vv_start, self.backbone.scale
 
         def run() -> None:
-            both.set_stage(stage)
+            model.set_stage(stage)
             optimizer.zero_grad(set_to_none=True)
             if looks_at:
-                encoding = encode_stage1(both, images, classes, text, looks_at, vv_start, True, precision)
-                loss, _ = stage1_loss(encoding, backbone.scale, batch, "all", 0.1)
+                encoding = encode_stage1(model, images, classes, text, looks_at, vv_start, True, precision)
+                loss, _ = stage1_loss(encoding, scale, batch, levels, 0.1)
             else:
-                loss, _ = stage2_loss(encode(both, images, classes, text, precision), backbone.scale, batch, 1)
+                loss, _ = stage2_loss(encode(model, images, classes, text, precision), scale, batch, 1)
             loss.backward()
             optimizer.step()
 
         return run
 
-    def evaluation(model: CrossAttentionCLIP) -> Callable[[], None]:
-        text = ClassText(model, bank, fixed=True)
+    def evaluation(self, model: CrossAttentionCLIP) -> Callable[[], None]:
+        """Maps and scores."""
+        text = ClassText(model, self.bank, fixed=True)
 
         def run() -> None:
             model.set_stage(None)
-            predict(model, images, classes, text, precision)
+            predict(model, self.images, self.classes, text, self.precision)
 
         return run
 
-    def plain() -> None:
-        with torch.no_grad(), autocast(device, precision):
-            backbone.clip.encode_image(images)
 
+def cases(
+    backbone: Backbone, batch_size: int, placement: str, precision: str = "fp32"
+) -> dict[str, Callable[[], None]]:
+    """{what: one call of it}."""
+    calls = Calls(backbone, batch_size, precision)
+    both, image_only = (make_model(backbone, placement, text, True).to(backbone.device) for text in (True, False))
     return {
-        "plain image forward (the unit)": plain,
-        "evaluation, image cross-attention": evaluation(image_only),
-        "evaluation, both cross-attentions": evaluation(both),
-        "Stage 1 step, loop 1": step("text", "frozen"),
-        "Stage 1 step, later loops": step("text", "adapted"),
-        "Stage 2 step": step("image"),
+        "plain image forward (the unit)": calls.plain,
+        "evaluation, image cross-attention": calls.evaluation(image_only),
+        "evaluation, both cross-attentions": calls.evaluation(both),
+        "Stage 1 step, loop 1": calls.step(both, "text", "frozen"),
+        "Stage 1 step, later loops": calls.step(both, "text", "adapted"),
+        "Stage 2 step": calls.step(both, "image"),
     }
 
 

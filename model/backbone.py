@@ -317,10 +317,12 @@ def load_backbone(
     return Backbone(clip, model_name, quick_gelu, sha256)
 
 
-def empty_backbone(model_name: str = DEFAULT_MODEL, img_size: int | None = None) -> Backbone:
-    """The backbone without weights (on the meta device), for counting parameters."""
-    with torch.device("meta"):
-        return Backbone(open_clip.CLIP(**clip_config(model_name, img_size)), model_name)
+def empty_backbone(
+    model_name: str = DEFAULT_MODEL, img_size: int | None = None, quick_gelu: bool = False, device: str = "meta"
+) -> Backbone:
+    """The backbone without its weights, for counting what it has and does; on the meta device it takes no memory."""
+    with torch.device(device):
+        return Backbone(open_clip.CLIP(**clip_config(model_name, img_size, quick_gelu)), model_name, quick_gelu)
 
 
 def _causal_mask(length: int) -> Tensor:

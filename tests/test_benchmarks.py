@@ -2,7 +2,9 @@
 
 import csv
 import math
+import os
 import signal
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +13,7 @@ from threading import Thread
 import pytest
 import torch
 
-from benchmarks import traps, variants
+from benchmarks import published, traps, variants
 from benchmarks.variants import CONTROL, DEFAULT, Given, Job
 from tests.conftest import EPOCHS, tensors
 from utils.checkpoints import load_checkpoint
@@ -184,3 +186,28 @@ def test_a_script_that_fails_or_is_stopped_ends_the_grid(monkeypatch, tmp_path):
     with pytest.raises(TrainingStoppedError, match="goes on from here"):
         variants.run_all([Job(log, "waits", []) for log in logs], 2, BAR)
     assert all("saved" in log.read_text(encoding="utf-8") for log in logs)
+
+
+def test_a_checkout_of_the_published_code_is_loaded_beside_ours(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("forward_utils", "test", "model/clip", "model/model"):
+        (tmp_path / f"{name}.py").write_text("", encoding="utf-8")
+    lines = ["import os, torch", "from model.clip import __name__", "os.environ['TAKEN_BACK'] = '1'"]
+    (tmp_path / "train.py").write_text("\n".join([*lines, "torch.set_num_threads(7)"]), encoding="utf-8")
+    before = sys.modules["model.adapter"], sys.path.copy(), torch.get_num_threads()
+    with pytest.raises(ValueError, match=r"needs more \(No module named 'model.adapter'\). Install: pip"):
+        published.load_published(tmp_path)
+    (tmp_path / "model" / "adapter.py").write_text("theirs = True", encoding="utf-8")
+    assert published.load_published(tmp_path)["model.adapter"].theirs
+    assert (sys.modules["model.adapter"], sys.path, torch.get_num_threads()) == before
+    assert "TAKEN_BACK" not in os.environ
+    with pytest.raises(ValueError, match=r"found no forward_utils.py, model/clip.py. Get one: git clone"):
+        published.load_published(published.ROOT)
+
+
+def test_a_published_loop_ends_after_one_step():
+    loader, steps = published.OneBatch({"image": 1}), 0
+    with pytest.raises(published.StepDone):
+        for _ in loader:
+            steps += 1
+    assert steps == 1 and loader.seconds >= 0

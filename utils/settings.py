@@ -9,7 +9,7 @@ from dataset.commands import name_argument
 from dataset.transforms import AUGMENTATIONS
 from forward_utils_cross_attention import FEEDBACK
 from utils.arguments import BITS, CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION
-from utils.options import MOST_SEED, add_fields, at_least, flag_fields
+from utils.options import MOST_SEED, add_fields, at_least, flag_fields, positive
 
 # Titles, in --help, of the flags that a base model's training does not have, and of those that each script has anyway.
 LOOPS, MACHINE = "feedback loop", PRECISION["group"]
@@ -164,7 +164,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what log.csv has to <run>/tensorboard too, where it is installed",
     )
-    group.add_argument("--dry_run", action="store_true", help="print the plan and stop; needs neither weights nor data")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the plan and what to expect, and stop; needs neither weights nor data",
+    )
+    group.add_argument(
+        "--device_tflops",
+        type=positive,
+        metavar="X",
+        help="for --dry_run: what the device reaches in TFLOP/s; without it what an H100 did",
+    )
 
 
 def settings_of(args: argparse.Namespace, fixed: Mapping[str, Any] | None = None) -> Settings:

@@ -1,0 +1,247 @@
+"""What to expect of a training before it runs: operations, peak memory and images per second, stage by stage.
+
+The program's own forward, backward and optimiser step run on tensors that have sizes, but no values (PyTorch's
+`FakeTensorMode`). So nothing here repeats what the model does, and a change of the model changes the estimate.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from forward_utils_cross_attention import (
+    ClassText,
+    PromptBank,
+    autocast,
+    encode,
+    encode_stage1,
+    predict,
+    stage1_loss,
+    stage2_loss,
+)
+from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from model.backbone import Backbone, empty_backbone
+from utils.settings import Settings
+from utils.training.optimizer import make_optimizer
+from utils.training.plan import Plan, Stage, vv_start
+
+GIB = 2**30
+# TFLOP/s of training and evaluation on an H100, batch 16 (docs/performance.md).
+MEASURED_TFLOPS = {"fp32": 40.0, "bf16": 250.0}
+# Memory of GPUs in GiB, and what of it is left to CUDA itself and to gaps between tensors.
+CARDS, RESERVED = (8, 24, 80), 1.0
+# Images per forward of --eval_dataset, and of test.py where it is not told otherwise; results do not depend on it.
+EVAL_BATCH = 8
+# Stage 1 computes the prompts of each class of a batch: as many as VisA has, with names of a usual length.
+CLASSES, DESCRIPTION = 12, "cashew nut"
+
+
+class Cost(NamedTuple):
+    """Of one step: FLOPs (a multiply-add is two), and bytes: of the model, kept for the backward pass, at the peak."""
+
+    flops: int
+    weights: int
+    kept: int
+    peak: int
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# {operation: formula of its FLOPs}: PyTorch's, and fused attention as the CPU has it, which these leave out.
+FORMULAS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Meter(FakeTensorMode):
+    """Tensors without values, and what would be computed and kept if they had some.
+
+    `flops` since it was made; `live` bytes of all tensors that are alive, and their `peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)  # indices and the like have values
+        self.flops = self.live = self.peak = 0
+        self._known: set[int] = set()
+        self._inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._inside:  # an operation that another one is made of
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self._inside = True
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._inside = False
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._known:  # a view has the storage of what it looks at
+            self._known.add(address)
+            weakref.finalize(storage, self._remove, address, size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _remove(self, address: int, size: int) -> None:
+        self._known.remove(address)
+        self.live -= size
+
+
+class _Bank(PromptBank):
+    """Prompts of a model without values, in which no word can be looked up."""
+
+    def check_words(self, backbone: Backbone) -> None:
+        pass
+
+
+class Rehearsal:
+    """Training steps and evaluation of a model of `config` that has no values, as `settings` have them.
+
+    Raises ValueError where the model is too small for `settings`.
+    """
+
+    def __init__(self, config: ModelConfig, settings: Settings):
+        self.settings, self.meter = settings, Meter()
+        with self.meter:
+            backbone = empty_backbone(config.model_name, config.img_size, config.quick_gelu, "cpu")
+            self.model = CrossAttentionCLIP(backbone, config)
+        self.weights = self.meter.live
+        self.vv_start = vv_start(settings, backbone)
+
+    def cost(self, stage: Stage | None, batch_size: int) -> Cost:
+        """Of one step of a stage, or of one evaluation (None), on `batch_size` images."""
+        model, meter = self.model, self.meter
+        model.set_stage(stage.name if stage else None)
+        fixed = stage is None or stage.name == "image"  # then a class more costs a step nothing
+        classes = [str(number % (1 if fixed else CLASSES)) for number in range(batch_size)]
+        bank = _Bank(model.backbone, dict.fromkeys(classes, DESCRIPTION), self.settings.domain or "industrial")
+        text = ClassText(model, bank, fixed)
+        self._compute_fixed(text, classes)
+        optimizer = self._optimizer(stage) if stage else None
+        batch = self._batch(batch_size)
+        before, flops, meter.peak = meter.live, meter.flops, meter.live
+        result = self._forward(stage, batch, classes, text)
+        kept = meter.live - before
+        if optimizer:
+            result.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return Cost(meter.flops - flops, self.weights, kept, meter.peak)
+
+    def _batch(self, size: int) -> dict[str, Tensor]:
+        side = self.model.backbone.img_size
+        with self.meter:
+            batch = {"image": torch.empty(size, 3, side, side), "mask": torch.empty(size, 1, side, side)}
+            batch["label"] = torch.empty(size, dtype=torch.long)
+        return batch | {"has_mask": torch.ones(size, dtype=torch.bool)}  # values that are read
+
+    def _compute_fixed(self, text: ClassText, classes: list[str]) -> None:
+        """What is computed once for all steps."""
+        with autocast(self.model.backbone.device, self.settings.precision):
+            text.contexts(classes)
+            if text.fixed and not self.model.prompts_see_image:
+                text.anchors(classes, None)
+
+    def _optimizer(self, stage: Stage) -> torch.optim.Adam:
+        """With the moments that it has from the second step on."""
+        optimizer = make_optimizer(self.model.learned(stage.name), stage)
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    def _forward(self, stage: Stage | None, batch: dict[str, Tensor], classes: list[str], text: ClassText) -> Any:
+        """The loss of a stage, the prediction of evaluation."""
+        model, settings, images = self.model, self.settings, batch["image"]
+        precision, scale = settings.precision, model.backbone.scale
+        other = images if model.sees_another_image else None
+        if stage is None:
+            return predict(model, images, classes, text, precision, other=other)
+        if stage.features is None:
+            encoding = encode(model, images, classes, text, precision, other=other)
+            return stage2_loss(encoding, scale, batch, settings.det_temperature)[0]
+        across_batch = settings.vv_attention == "batch"
+        encoding = encode_stage1(
+            model, images, classes, text, stage.features, self.vv_start, across_batch, precision, other
+        )
+        return stage1_loss(encoding, scale, batch, settings.stage1_levels, settings.text_norm_weight)[0]
+
+
+class Estimate(NamedTuple):
+    """Of one kind of step: its cost with `batch_size` images, and bytes at the peak, `fixed` + `per_image` x images."""
+
+    title: str
+    batch_size: int
+    cost: Cost
+    fixed: float
+    per_image: float
+
+    @property
+    def image_flops(self) -> float:
+        """FLOPs per image."""
+        return self.cost.flops / self.batch_size
+
+    def largest_batch(self, card: float) -> int:
+        """The most images whose step fits in a GPU of so many GiB; 0 where none does."""
+        return max(0, int(((card - RESERVED) * GIB - self.fixed) / self.per_image))
+
+
+def estimates(plan: Plan) -> list[Estimate]:
+    """Of each kind of stage that the plan has, and of evaluation."""
+    rehearsal, found = Rehearsal(plan.config, plan.settings), []
+    kinds: dict[str, Stage | None] = {}
+    for stage in plan.stages:
+        looks = f", features {stage.features.replace('frozen', 'frozen CLIP')}" if stage.features else ""
+        kinds.setdefault(f"{stage.title}{looks}", stage)
+    for title, kind in {**kinds, "evaluation": None}.items():
+        size = kind.batch_size if kind else EVAL_BATCH
+        cost, double = (rehearsal.cost(kind, images) for images in (size, 2 * size))
+        per_image = (double.peak - cost.peak) / size
+        found.append(Estimate(title, size, cost, cost.peak - per_image * size, per_image))
+    return found
+
+
+def describe_estimates(plan: Plan, tflops: float | None = None) -> str:
+    """What to expect of a plan, as text; `tflops` is what the device reaches, without it what an H100 did."""
+    config, precision = plan.config, plan.settings.precision
+    rows, speed = estimates(plan), tflops or MEASURED_TFLOPS[precision]
+    width = max(len(row.title) for row in rows)
+    lines = [
+        f"What to expect ({config.model_name}, {config.img_size} px, {precision}; computed, not measured)",
+        f"  {'':{width}}  batch  GFLOP/step  GFLOP/image  images/s  kept GiB  peak GiB"
+        + "".join(f"  in {card:2} GiB" for card in CARDS),
+    ]
+    for row in rows:
+        cost, rate = row.cost, speed * 1e12 / row.image_flops
+        lines.append(
+            f"  {row.title:{width}}  {row.batch_size:5}  {cost.flops / 1e9:10,.0f}  {row.image_flops / 1e9:11,.1f}  "
+            f"{rate:8.3g}  {cost.kept / GIB:8.2f}  {cost.peak / GIB:8.2f}"
+            + "".join(f"  {row.largest_batch(card):9,}" for card in CARDS)
+        )
+    named = "" if tflops else f", as an H100 reached in {precision}; --device_tflops names another speed"
+    return "\n".join(
+        [
+            *lines,
+            f"  images/s  at {speed:g} TFLOP/s{named}; reading images is not counted",
+            f"  kept      for the backward pass, beside the weights ({rows[0].cost.weights / GIB:.2f} GiB)",
+            f"  in N GiB  the largest batch that fits in a GPU of N GiB, {RESERVED:g} GiB of it left to CUDA",
+        ]
+    )
