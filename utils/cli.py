@@ -28,10 +28,10 @@ def _heard() -> Iterator[None]:
 
 
 def _end(code: int, text: str, level: int = logging.ERROR) -> int:
-    """Say why the job ends, where no other process of it has said so; its exit code."""
-    if processes.may_speak():
-        logger.log(level if processes.is_first() else logging.ERROR, "%s", text)
-        logger.debug("Where it happened:", exc_info=True)
+    """Say why the job ends, or to its log alone where another process has said so; its exit code."""
+    heard = level if processes.is_first() else logging.ERROR
+    logger.log(heard if processes.may_speak() else logging.DEBUG, "%s", text)
+    logger.debug("Where it happened:", exc_info=True)
     return code
 
 

@@ -21,8 +21,10 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            # Processes after the first have no stderr but for errors.
-            tqdm.write(self.format(record), file=sys.stderr if processes.is_first() else sys.__stderr__)
+            if processes.is_first():
+                tqdm.write(self.format(record), file=sys.stderr)
+            else:  # which has errors alone to say, below the bar of the first
+                print("", self.format(record), sep="\n", file=sys.__stderr__)
         except OSError:
             self.handleError(record)  # a terminal that is gone ends no training
 
