@@ -75,6 +75,7 @@ def main() -> None:
     trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard)
     if trainer is None:
         return
+    trainer.model.backbone.recompute = args.grad_checkpointing
     with trainer.running():
         for stage in trainer.stages():
             save_stage(trainer, stage)

@@ -193,6 +193,7 @@ def main() -> None:
         return
     report_lost(plan.folder, range(plan.stages[0].loop, trainer.past + 1))
     backbone = trainer.model.backbone
+    backbone.recompute = args.grad_checkpointing
     batching = Batching(EVAL_BATCH, machine.num_workers, plan.settings.precision)
     data_sets = open_eval_sets(args.eval_dataset, machine)
     benches = [Bench(data, backbone, batching) for data in data_sets]

@@ -140,6 +140,7 @@ class AdaptedCLIP(nn.Module):
             backbone.embed_images(images),
             after_block=lambda index, tokens: self.after_image_block(index, tokens, text_context),
             keep=backbone.levels,
+            recompute=backbone.recompute,
         )
         last = backbone.clip.visual.ln_post(x[:, 1:])
         det = F.normalize(self.image_adapter["det_proj"](last), dim=-1).mean(dim=1)

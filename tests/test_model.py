@@ -209,6 +209,57 @@ def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
     assert len(reached) == 2
 
 
+def loss_of(model, stage: str, precision: str = "fp32") -> torch.Tensor:
+    """The loss of a stage's step on two images."""
+    model.set_stage(stage)
+    backbone, images, batch = model.backbone, standin_images(2, 64), batch_of(2, 64)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=stage == "image")
+    if stage == "image":
+        return stage2_loss(encode(model, images, CLASSES, text, precision), backbone.scale, batch, 1)[0]
+    first = encode_stage1(model, images, CLASSES, text, "adapted", backbone.default_vv_start, True, precision)
+    return stage1_loss(first, backbone.scale, batch, "all", 0.1)[0]
+
+
+def gradients_of(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("placement", "stage", "precision"),
+    [("joint", "text", "fp32"), ("joint", "image", "bf16"), ("block", "text", "bf16"), ("block", "image", "fp32")],
+)
+def test_recomputed_blocks_give_the_same_gradients_for_less_memory(backbone, monkeypatch, placement, stage, precision):
+    model = make_model(backbone, **new_extension(placement))
+    move_cross_attention(model)
+    losses, gradients, kept = [], [], []
+    for recompute in (False, True):
+        monkeypatch.setattr(backbone, "recompute", recompute)
+        storages: dict[int, int] = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses.append(loss_of(model, stage, precision))
+        gradients.append(gradients_of(model, losses[-1]))
+        kept.append(sum(storages.values()))
+    without, with_it = gradients
+    assert torch.equal(*losses) and without.keys() == with_it.keys()
+    assert not [name for name in without if not torch.equal(without[name], with_it[name])]
+    assert kept[1] < kept[0] / 2
+
+
+def test_nothing_is_recomputed_without_gradient(backbone, monkeypatch):
+    monkeypatch.setattr(backbone, "recompute", True)
+    monkeypatch.setattr("model.backbone.checkpoint", lambda *arguments, **options: pytest.fail("recomputes"))
+    model = joint_model(backbone)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    predict(model, standin_images(2, 64), CLASSES, text)
+
+
 def test_projectors_see_the_plain_clip(backbone):
     model = make_model(backbone, **BOTH)
     move_cross_attention(model)

@@ -154,6 +154,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep decoded images in memory where they fit in half of what is free",
     )
     group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute the blocks anew in the backward pass: less memory, more time, the same result",
+    )
+    group.add_argument(
         "--tensorboard",
         action="store_true",
         help="write what log.csv has to <run>/tensorboard too, where it is installed",
