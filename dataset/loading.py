@@ -210,9 +210,13 @@ def _obey_parent(parent: int) -> None:
 
 
 def make_loader(
-    dataset: AnomalyDataset, batch_size: int, num_workers: int, sampler: SeededSampler | None = None
+    dataset: AnomalyDataset,
+    batch_size: int,
+    num_workers: int,
+    sampler: SeededSampler | None = None,
+    device: torch.device | None = None,
 ) -> DataLoader:
-    """Each `Batch` in order, or in that of `sampler`; the last short one is kept."""
+    """Each `Batch` in order, or in that of `sampler`; the last short one is kept. `device` is where batches will go."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -220,7 +224,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=outlive_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device is not None and device.type == "cuda",
         # Of its own, so that loading never advances the global generator.
         generator=torch.Generator().manual_seed(0),
     )

@@ -22,6 +22,7 @@ from forward_utils_cross_attention import (
 from model.adapter import Prompts, SimpleAdapter, SimpleProj, TextContext
 from model.adapter_cross_attention import NEIGHBOURS, PLACEMENTS, NeighbourCrossAttention, new_extension
 from tests.conftest import make_model, move_cross_attention
+from utils.training.measures import added_terms
 
 DESCRIPTIONS = {"nut": "metal nut which has four notched edges", "candle": "candle", "tile": "speckled tile surface"}
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
@@ -258,6 +259,43 @@ def test_nothing_is_recomputed_without_gradient(backbone, monkeypatch):
     model = joint_model(backbone)
     text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
     predict(model, standin_images(2, 64), CLASSES, text)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("stage", [None, "image"])
+def test_the_visual_forward_is_one_graph(backbone, placement, stage):
+    model = make_model(backbone, **new_extension(placement))
+    model.set_stage(stage)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(stage is not None):
+        found = torch._dynamo.explain(model.visual)(standin_images(2, 64), text.contexts(CLASSES))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize(("placement", "recompute"), [("joint", False), ("block", False), ("joint", True)])
+def test_a_compiled_model_is_close_and_compiles_once(backbone, monkeypatch, placement, recompute):
+    monkeypatch.setattr(backbone, "recompute", recompute)
+    torch.compiler.reset()
+    graphs = []
+    eager, compiled = (make_model(backbone, **new_extension(placement)) for _ in range(2))
+    compiled.compile(
+        backend="aot_eager", fullgraph=True
+    )  # as "inductor", but for its last step, which needs a compiler
+    values = []
+    for model in (eager, compiled):
+        move_cross_attention(model)
+        for _ in range(2):
+            torch._dynamo.utils.counters.clear()
+            with added_terms(model) as added:  # whose hooks must not make it compile in every step
+                loss = loss_of(model, "image")
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            gradients = gradients_of(model, loss)
+        values.append({"loss": loss.detach()} | added | gradients)
+    assert graphs == [0, 0, 1, 0]
+    assert values[0].keys() == values[1].keys()
+    for name, expected in values[0].items():
+        assert (values[1][name] - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), name
 
 
 def test_projectors_see_the_plain_clip(backbone):

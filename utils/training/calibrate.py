@@ -34,8 +34,9 @@ def calibrate(
     settings = plan.settings
     held_out = bool(data.held_out) and not _base_saw_held_out(plan.base, settings)
     records = _draw_kinds(data.held_out or data.train, IMAGES_OF_A_KIND, settings.seed)
-    images = data.images(records, Transform(detector.model.backbone.img_size))
-    loader = make_loader(images, settings.text_batch_size, num_workers)
+    backbone = detector.model.backbone
+    images = data.images(records, Transform(backbone.img_size))
+    loader = make_loader(images, settings.text_batch_size, num_workers, device=backbone.device)
     scores, highest, lowest, labels = [], [], [], []
     batches = progress(loader, desc="calibration", leave=False)
     for batch, (found,) in judge_batches([detector], batches, after_batch):

@@ -150,7 +150,7 @@ class Trainer:
         text = ClassText(model, self.bank, fixed=name == "image")
         dataset = self.data.images(self.data.train, self._transform(name))
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
-        loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler)
+        loader = make_loader(dataset, stage.batch_size, self.num_workers, sampler, self.device)
         steps = self.steps_per_epoch(stage)
         title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
         done = self.position.epoch * steps + self.position.step
@@ -233,7 +233,7 @@ class Trainer:
         """Means of the stage's losses on the held-out images, without augmentation."""
         means = Means()
         dataset = self.data.images(self.data.held_out, self._transform(None))
-        loader = make_loader(dataset, stage.batch_size, self.num_workers)
+        loader = make_loader(dataset, stage.batch_size, self.num_workers, device=self.device)
         for batch in progress(loader, desc="held out", leave=False):
             loss, terms = self.losses(stage, batch, text)
             values = to_floats({"loss": loss, **terms})
