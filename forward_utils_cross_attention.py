@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from dataset.constants import BLUR, NORMAL_PROMPTS, class_prompts
@@ -307,13 +308,22 @@ def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict) -> dict[str,
     mask = batch["mask"]
     if len(rows) < len(mask):
         cosines, mask = cosines[rows], mask[rows]
-    terms = {}
+    terms: dict[str, Tensor] = {}
     for number, level in enumerate(cosines.unbind(dim=1) if len(rows) else (), start=1):
-        probabilities = resize_map(scale * on_grid(level), mask.shape[-1]).softmax(dim=1)
-        terms[f"focal_{number}"] = focal_loss(probabilities, mask)
-        terms[f"dice_normal_{number}"] = dice_loss(probabilities[:, 0], 1 - mask[:, 0])
-        terms[f"dice_abnormal_{number}"] = dice_loss(probabilities[:, 1], mask[:, 0])
+        # Maps of the images' size are computed anew in the backward pass: of all levels they would fill memory.
+        losses = checkpoint(level_losses, level, scale, mask, use_reentrant=False, preserve_rng_state=False)
+        terms |= {f"{name}_{number}": loss for name, loss in losses.items()}
     return terms
+
+
+def level_losses(cosines: Tensor, scale: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Focal and both dice losses of one level: `cosines` [B, N, 2], `mask` [B, 1, S, S] of 0 and 1."""
+    probabilities = resize_map(scale * on_grid(cosines), mask.shape[-1]).softmax(dim=1)
+    return {
+        "focal": focal_loss(probabilities, mask),
+        "dice_normal": dice_loss(probabilities[:, 0], 1 - mask[:, 0]),
+        "dice_abnormal": dice_loss(probabilities[:, 1], mask[:, 0]),
+    }
 
 
 def stage1_loss(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
@@ -16,6 +17,7 @@ from forward_utils_cross_attention import (
     known_patches,
     make_anchors,
     predict,
+    segmentation_terms,
     stage1_loss,
     stage2_loss,
 )
@@ -251,6 +253,28 @@ def test_recomputed_blocks_give_the_same_gradients_for_less_memory(backbone, mon
     assert torch.equal(*losses) and without.keys() == with_it.keys()
     assert not [name for name in without if not torch.equal(without[name], with_it[name])]
     assert kept[1] < kept[0] / 2
+
+
+def test_losses_keep_no_maps_and_change_nothing(monkeypatch):
+    batch, scale, size = batch_of(2, 128), torch.tensor(100.0), 0
+    start = 0.2 * torch.rand(2, 4, 64, 2, generator=torch.Generator().manual_seed(0))
+
+    def keep(tensor):
+        nonlocal size
+        size += tensor.nbytes
+        return tensor
+
+    found = []
+    for walk in (checkpoint, lambda function, *given, **options: function(*given)):
+        monkeypatch.setattr("forward_utils_cross_attention.checkpoint", walk)
+        cosines, size = start.clone().requires_grad_(), 0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = segmentation_terms(cosines, scale, batch)
+        sum(terms.values()).backward()
+        found.append((terms, cosines.grad, size))
+    (terms, gradient, size), (plain_terms, plain_gradient, plain_size) = found
+    assert terms == plain_terms and torch.equal(gradient, plain_gradient)
+    assert size < plain_size / 8
 
 
 def test_nothing_is_recomputed_without_gradient(backbone, monkeypatch):
