@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from dataset.constants import BLUR, NORMAL_PROMPTS, class_prompts
@@ -348,8 +349,8 @@ def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
 class Part(NamedTuple):
     """A part of a batch whose other parts are elsewhere, or come later; the losses of all parts add up to the batch's.
 
-    `images`: its share of the batch's images; `masks`: of those with a mask; `total`: the sum of a number over all
-    parts, without gradient.
+    `images`: its share of the batch's images; `masks`: of those with a mask, 1 where there are none; `total`: the sum of
+    a number over all parts, without gradient.
     """
 
     images: float = 1.0
@@ -358,25 +359,39 @@ class Part(NamedTuple):
 
 
 WHOLE = Part()
+# The segmentation losses of a level.
+LEVEL_LOSSES = ("focal", "dice_normal", "dice_abnormal")
 
 
 def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict, part: Part = WHOLE) -> dict[str, Tensor]:
     """Focal and both dice losses of each level, {"focal_1": ..., "dice_normal_1": ..., "dice_abnormal_1": ..., ...}.
 
     `cosines` [B, levels, N, 2]. Anomalous images without a mask (`has_mask`, on the CPU) are left out; empty where no
-    image of the batch has one.
+    image of the batch has one, zeros where those that have one are in other parts.
     """
     rows = batch["has_mask"].nonzero().flatten()
     mask = batch["mask"]
     if len(rows) < len(mask):
         cosines, mask = cosines[rows], mask[rows]
-    terms = {}
-    for number, level in enumerate(cosines.unbind(dim=1) if len(rows) else (), start=1):
-        probabilities = resize_map(scale * on_grid(level), mask.shape[-1]).softmax(dim=1)
-        terms[f"focal_{number}"] = part.masks * focal_loss(probabilities, mask)
-        terms[f"dice_normal_{number}"] = part.masks * dice_loss(probabilities[:, 0], 1 - mask[:, 0])
-        terms[f"dice_abnormal_{number}"] = part.masks * dice_loss(probabilities[:, 1], mask[:, 0])
+    terms: dict[str, Tensor] = {}
+    if not len(rows) and part.masks:
+        return terms
+    for number, level in enumerate(cosines.unbind(dim=1), start=1):
+        if len(rows):
+            # Maps of the images' size are computed anew in the backward pass: of all levels they would fill memory.
+            losses = checkpoint(level_losses, level, scale, mask, use_reentrant=False, preserve_rng_state=False)
+        else:
+            losses = dict.fromkeys(LEVEL_LOSSES, level.new_zeros(()))
+        terms |= {f"{name}_{number}": part.masks * loss for name, loss in losses.items()}
     return terms
+
+
+def level_losses(cosines: Tensor, scale: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Focal and both dice losses of one level: `cosines` [B, N, 2], `mask` [B, 1, S, S] of 0 and 1."""
+    probabilities = resize_map(scale * on_grid(cosines), mask.shape[-1]).softmax(dim=1)
+    found = [focal_loss(probabilities, mask), dice_loss(probabilities[:, 0], 1 - mask[:, 0])]
+    found.append(dice_loss(probabilities[:, 1], mask[:, 0]))
+    return dict(zip(LEVEL_LOSSES, found, strict=True))
 
 
 def stage1_loss(

@@ -48,7 +48,7 @@ from utils.judging import (
 )
 from utils.logs import progress
 from utils.machine import device_of
-from utils.models import ModelLoader
+from utils.models import ModelLoader, compile_models
 from utils.options import at_least
 from utils.report.plots import Example, Panel, draw_examples
 
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument("--save_path", type=path_argument, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
-    arguments.add_machine_arguments(parser)
+    arguments.add_compile_argument(arguments.add_machine_arguments(parser))
     return parser.parse_args()
 
 
@@ -284,6 +284,8 @@ def main() -> int:
     arguments.check_same(args, {"images": list(images)})
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision, args.bits)
+    if args.compile:
+        compile_models(detector.model for detector in detectors)
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)

@@ -26,7 +26,7 @@ from utils import arguments, processes
 from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.judging import check_normal_images
-from utils.models import ModelLoader
+from utils.models import ModelLoader, compile_models
 from utils.options import MOST_SEED, at_least
 from utils.report.html import Chapter, write_report
 from utils.report.pictures import draw_loops, draw_one, draw_sheets, picture_folder
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
         "and the loops of --ckpt, and stop",
     )
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
-    arguments.add_run_arguments(parser)
+    arguments.add_compile_argument(arguments.add_run_arguments(parser))
     return parser.parse_args()
 
 
@@ -183,6 +183,8 @@ def main() -> None:
     machine = arguments.machine_of(args)
     loader = ModelLoader(machine.device, machine.clip_weights, arguments.model_flags(args))
     contenders = load_contenders(args.ckpt, args.control, loader, args.save_path)
+    if args.compile:
+        compile_models(contender.model for contender in contenders)
     for contender in contenders:
         check_place(contender.folder, "--save_path" if args.save_path else "results beside --ckpt (see --save_path):")
     if args.image_idx is None:

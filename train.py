@@ -16,7 +16,7 @@ from pathlib import Path
 from dataset.commands import path_argument, show
 from utils import arguments, checkpoints, processes
 from utils.cli import run_script
-from utils.models import resolve_config
+from utils.models import compile_models, resolve_config
 from utils.settings import add_settings, add_training_arguments, settings_of
 from utils.training.estimate import describe_estimates
 from utils.training.plan import Plan, Stage, describe_plan, plan_stages
@@ -78,6 +78,9 @@ def main() -> None:
     trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard, args.accumulate)
     if trainer is None:
         return
+    trainer.model.backbone.recompute = args.grad_checkpointing
+    if args.compile:
+        compile_models([trainer.model])
     with trainer.running():
         for stage in trainer.stages():
             save_stage(trainer, stage)

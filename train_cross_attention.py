@@ -24,7 +24,7 @@ from utils import arguments, checkpoints, processes
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
 from utils.machine import Machine
-from utils.models import ModelLoader, resolve_config
+from utils.models import ModelLoader, compile_models, resolve_config
 from utils.options import at_least
 from utils.report.curves import draw_training
 from utils.report.tables import notes, text_table, write_results
@@ -197,6 +197,9 @@ def main() -> None:
         return
     report_lost(plan.folder, range(plan.stages[0].loop, trainer.past + 1))
     backbone = trainer.model.backbone
+    backbone.recompute = args.grad_checkpointing
+    if args.compile:
+        compile_models([trainer.model])
     batching = Batching(EVAL_BATCH, machine.num_workers, plan.settings.precision)
     data_sets = open_eval_sets(args.eval_dataset, machine)
     benches = [Bench(data, backbone, batching) for data in data_sets]

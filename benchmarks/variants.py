@@ -172,7 +172,7 @@ def run_folder(args: argparse.Namespace, seed: int, variant: str) -> Path:
 def machine_words(args: argparse.Namespace) -> list[str]:
     """What the scripts are told of the machine."""
     names = ("data_root", "clip_weights", "device", "num_workers", "precision")
-    return arguments.as_words(arguments.given(args, *names))
+    return [*arguments.as_words(arguments.given(args, *names)), *(["--tf32"] if args.tf32 else [])]
 
 
 def common_words(args: argparse.Namespace, recipe: Path | None, seed: int) -> list[str]:

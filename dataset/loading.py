@@ -232,9 +232,10 @@ def make_loader(
     batch_size: int,
     num_workers: int,
     sampler: SeededSampler | None = None,
+    device: torch.device | None = None,
     take: Take | None = None,
 ) -> DataLoader:
-    """Each `Batch` in order, or in that of `sampler`; the last short one is kept.
+    """Each `Batch` in order, or in that of `sampler`; the last short one is kept. `device` is where batches will go.
 
     `take`: to the batches, of (index, seed) or index, that are wanted instead.
     """
@@ -246,7 +247,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=outlive_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device is not None and device.type == "cuda",
         # Of its own, so that loading never advances the global generator.
         generator=torch.Generator().manual_seed(0),
     )

@@ -6,7 +6,7 @@ text and embedding widths.
 """
 
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,11 +140,19 @@ class AdaptedCLIP(nn.Module):
             backbone.embed_images(images),
             after_block=lambda index, tokens: self.after_image_block(index, tokens, text_context),
             keep=backbone.levels,
+            recompute=backbone.recompute,
         )
         last = backbone.clip.visual.ln_post(x[:, 1:])
         det = F.normalize(self.image_adapter["det_proj"](last), dim=-1).mean(dim=1)
         cls = F.normalize(backbone.project_image(x[:, 0]), dim=-1)
         return VisualFeatures(self.project_levels(levels), det, cls)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Have the visual forward compiled from its next call on; the arguments are those of `torch.compile`.
+
+        The text forward is not: it is short, and its shapes change with the classes of a batch.
+        """
+        self.visual = torch.compile(self.visual, *args, **kwargs)  # type: ignore[method-assign]
 
     def after_image_block(self, index: int, x: Tensor, text_context: TextContext | None) -> Tensor:
         """What follows ViT block `index`, [B, T, W] -> [B, T, W]: its adapter, where it has one."""

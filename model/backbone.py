@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.weights import check_state, find_weights, read_weights, weights_sha256
 
@@ -131,19 +132,27 @@ def run_blocks(
     stop: int | None = None,
     after_block: Callable[[int, Tensor], Tensor] | None = None,
     keep: Iterable[int] = (),
+    recompute: bool = False,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Walk `x` [B, T, W] through `blocks[start:stop]`; every forward pass of the program goes through here.
 
-    `after_block(i, x)` replaces the output of block i (adapters, cross-attention). Returns the last tokens and
+    `after_block(i, x)` replaces the output of block i (adapters, cross-attention). With `recompute` the backward pass
+    computes each block anew from its input, which is all that is kept of it. Returns the last tokens and
     {level: tokens} for the levels of `keep` that were passed, taken after `after_block`.
     """
-    kept = {}
-    for index in range(start, len(blocks) if stop is None else stop):
+
+    def walk(index: int, x: Tensor) -> Tensor:
         block: ResidualAttentionBlock = blocks[index]
         x = x + block.ls_1(attend(block.attn, block.ln_1(x)))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        if after_block is not None:
-            x = after_block(index, x)
+        return x if after_block is None else after_block(index, x)
+
+    kept = {}
+    for index in range(start, len(blocks) if stop is None else stop):
+        if recompute and x.requires_grad:  # a frozen block that nothing trained precedes keeps nothing
+            x = checkpoint(walk, index, x, use_reentrant=False, preserve_rng_state=False)  # nothing draws
+        else:
+            x = walk(index, x)
         if index + 1 in keep:
             kept[index + 1] = x
     return x, kept
@@ -152,7 +161,8 @@ def run_blocks(
 class Backbone(nn.Module):
     """A frozen CLIP in eval mode. Every size the program uses is read from here.
 
-    `sha256` names the weights (None where they are known to nobody, as in tests).
+    `sha256` names the weights (None where they are known to nobody, as in tests). `recompute`, which may be switched
+    at any time, trades time for memory in backward passes, as `run_blocks` says; results are the same.
     """
 
     def __init__(self, clip: open_clip.CLIP, model_name: str, quick_gelu: bool = False, sha256: str | None = None):
@@ -166,6 +176,7 @@ class Backbone(nn.Module):
                 raise ValueError(f"{model_name}: expected residual attention blocks with {activation.__name__}.")
         self.clip = clip.eval().requires_grad_(False)
         self.model_name, self.quick_gelu, self.sha256 = model_name, quick_gelu, sha256
+        self.recompute = False
         self.image_blocks = clip.visual.transformer.resblocks
         self.text_blocks = clip.transformer.resblocks
         self.img_size = clip.visual.image_size[0]
@@ -281,9 +292,11 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Tokens [N, L, D] through the text blocks `start` to `stop` (not included) under the causal mask."""
         mask = self.causal_mask(x.shape[1])
-        return run_blocks(self.text_blocks, x, lambda attn, y: self_attention(attn, y, mask), start, stop, after_block)[
-            0
-        ]
+
+        def attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+            return self_attention(attention, x, mask)
+
+        return run_blocks(self.text_blocks, x, attend, start, stop, after_block, recompute=self.recompute)[0]
 
     def end_of_text(self, x: Tensor, eot: Tensor) -> Tensor:
         """Tokens [N, L, D] after the last block, EOT positions [N] -> `ln_final` at the EOT token, [N, D]."""

@@ -4,13 +4,20 @@ import math
 
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.standin import standin_images
+from dataset.loading import AnomalyDataset, make_loader
+from dataset.sets import open_dataset
+from dataset.transforms import Transform
 from forward_utils_cross_attention import Prediction, PromptBank
+from model.weights import REPOSITORY
 from tests.conftest import make_model
 from utils import judging
 from utils.calibration import Calibration
-from utils.judging import Detector, calibrated_extremes, caption, scaled
+from utils.checkpoints import load_checkpoint
+from utils.judging import Detector, calibrated_extremes, caption, judge_batches, scaled
+from utils.models import ModelLoader
 from utils.report.plots import PANEL_INCHES
 
 
@@ -42,6 +49,27 @@ def test_pictures_of_single_images_share_a_scale(detector, backbone):
     ends, words = calibrated_extremes([calibrated, detector], (0.0, 1.0), "these maps")
     assert ends == [(0.0, 1.0)] * 2 and words == "the extremes of these maps"
     assert scaled(torch.tensor([-2.0, 2.0]).numpy(), (-2.0, 6.0)).tolist() == [0.0, 0.5]
+
+
+def test_bf16_gives_the_metrics_of_fp32(data_root):
+    loader = ModelLoader(torch.device("cpu"))
+    model, data = loader(load_checkpoint(REPOSITORY / "ckpt" / "demo" / "base")), open_dataset("small", data_root)
+    backbone = loader.backbone
+    bank = PromptBank(backbone, data.descriptions, data.domain)
+    detectors = [Detector.of(model, bank, precision=precision) for precision in ("fp32", "bf16")]
+    batches = make_loader(AnomalyDataset(data.folder, data.records, Transform(backbone.img_size)), 10, 0)
+    judged = list(judge_batches(detectors, batches))
+    truth = torch.cat([batch["mask"] for batch, _ in judged]).flatten()
+    maps, scores = (
+        [torch.cat([getattr(found[number], name) for _, found in judged]).flatten() for number in (0, 1)]
+        for name in ("maps", "detection_scores")
+    )
+    assert not torch.equal(*maps)
+    for metric in (roc_auc_score, average_precision_score):
+        full, half = (metric(truth, values) for values in maps)
+        assert abs(full - half) <= 1e-3
+    # Of so few images a metric moves by more as soon as two of them change places.
+    assert (scores[0] - scores[1]).abs().max() <= 1e-3
 
 
 def test_a_caption_fits_beneath_its_panel():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
@@ -16,12 +17,14 @@ from forward_utils_cross_attention import (
     known_patches,
     make_anchors,
     predict,
+    segmentation_terms,
     stage1_loss,
     stage2_loss,
 )
 from model.adapter import Prompts, SimpleAdapter, SimpleProj, TextContext
 from model.adapter_cross_attention import NEIGHBOURS, PLACEMENTS, NeighbourCrossAttention, new_extension
 from tests.conftest import make_model, move_cross_attention
+from utils.training.measures import added_terms
 
 DESCRIPTIONS = {"nut": "metal nut which has four notched edges", "candle": "candle", "tile": "speckled tile surface"}
 BOTH = {"text_cross_attn": True, "image_cross_attn": True}
@@ -207,6 +210,116 @@ def test_gradients_reach_the_stages_modules_and_no_others(backbone, stage):
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == set(model.trainable(stage))
     assert len(reached) == 2
+
+
+def loss_of(model, stage: str, precision: str = "fp32") -> torch.Tensor:
+    """The loss of a stage's step on two images."""
+    model.set_stage(stage)
+    backbone, images, batch = model.backbone, standin_images(2, 64), batch_of(2, 64)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=stage == "image")
+    if stage == "image":
+        return stage2_loss(encode(model, images, CLASSES, text, precision), backbone.scale, batch, 1)[0]
+    first = encode_stage1(model, images, CLASSES, text, "adapted", backbone.default_vv_start, True, precision)
+    return stage1_loss(first, backbone.scale, batch, "all", 0.1)[0]
+
+
+def gradients_of(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("placement", "stage", "precision"),
+    [("joint", "text", "fp32"), ("joint", "image", "bf16"), ("block", "text", "bf16"), ("block", "image", "fp32")],
+)
+def test_recomputed_blocks_give_the_same_gradients_for_less_memory(backbone, monkeypatch, placement, stage, precision):
+    model = make_model(backbone, **new_extension(placement))
+    move_cross_attention(model)
+    losses, gradients, kept = [], [], []
+    for recompute in (False, True):
+        monkeypatch.setattr(backbone, "recompute", recompute)
+        storages: dict[int, int] = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses.append(loss_of(model, stage, precision))
+        gradients.append(gradients_of(model, losses[-1]))
+        kept.append(sum(storages.values()))
+    without, with_it = gradients
+    assert torch.equal(*losses) and without.keys() == with_it.keys()
+    assert not [name for name in without if not torch.equal(without[name], with_it[name])]
+    assert kept[1] < kept[0] / 2
+
+
+def test_losses_keep_no_maps_and_change_nothing(monkeypatch):
+    batch, scale, size = batch_of(2, 128), torch.tensor(100.0), 0
+    start = 0.2 * torch.rand(2, 4, 64, 2, generator=torch.Generator().manual_seed(0))
+
+    def keep(tensor):
+        nonlocal size
+        size += tensor.nbytes
+        return tensor
+
+    found = []
+    for walk in (checkpoint, lambda function, *given, **options: function(*given)):
+        monkeypatch.setattr("forward_utils_cross_attention.checkpoint", walk)
+        cosines, size = start.clone().requires_grad_(), 0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = segmentation_terms(cosines, scale, batch)
+        sum(terms.values()).backward()
+        found.append((terms, cosines.grad, size))
+    (terms, gradient, size), (plain_terms, plain_gradient, plain_size) = found
+    assert terms == plain_terms and torch.equal(gradient, plain_gradient)
+    assert size < plain_size / 8
+
+
+def test_nothing_is_recomputed_without_gradient(backbone, monkeypatch):
+    monkeypatch.setattr(backbone, "recompute", True)
+    monkeypatch.setattr("model.backbone.checkpoint", lambda *arguments, **options: pytest.fail("recomputes"))
+    model = joint_model(backbone)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    predict(model, standin_images(2, 64), CLASSES, text)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("stage", [None, "image"])
+def test_the_visual_forward_is_one_graph(backbone, placement, stage):
+    model = make_model(backbone, **new_extension(placement))
+    model.set_stage(stage)
+    text = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(stage is not None):
+        found = torch._dynamo.explain(model.visual)(standin_images(2, 64), text.contexts(CLASSES))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize(("placement", "recompute"), [("joint", False), ("block", False), ("joint", True)])
+def test_a_compiled_model_is_close_and_compiles_once(backbone, monkeypatch, placement, recompute):
+    monkeypatch.setattr(backbone, "recompute", recompute)
+    torch.compiler.reset()
+    graphs = []
+    eager, compiled = (make_model(backbone, **new_extension(placement)) for _ in range(2))
+    compiled.compile(
+        backend="aot_eager", fullgraph=True
+    )  # as "inductor", but for its last step, which needs a compiler
+    values = []
+    for model in (eager, compiled):
+        move_cross_attention(model)
+        for _ in range(2):
+            torch._dynamo.utils.counters.clear()
+            with added_terms(model) as added:  # whose hooks must not make it compile in every step
+                loss = loss_of(model, "image")
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            gradients = gradients_of(model, loss)
+        values.append({"loss": loss.detach()} | added | gradients)
+    assert graphs == [0, 0, 1, 0]
+    assert values[0].keys() == values[1].keys()
+    for name, expected in values[0].items():
+        assert (values[1][name] - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), name
 
 
 def test_projectors_see_the_plain_clip(backbone):

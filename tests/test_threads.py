@@ -56,7 +56,7 @@ def test_the_number_of_threads_is_taken(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(arguments, "take_pixels", lambda most: None)
     for number in (None, 3):
-        arguments.take_machine(SimpleNamespace(max_pixels=1000, threads=number))
+        arguments.take_machine(SimpleNamespace(max_pixels=1000, threads=number, tf32=False, device="cpu"))
     assert taken == [3]
 
 

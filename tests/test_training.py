@@ -134,6 +134,32 @@ def test_learning_rate_is_halved_at_the_milestones(backbone, data_root, tmp_path
         assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
 
 
+@pytest.mark.parametrize("fused_from", [0, 3])
+def test_fused_adam_is_close_and_goes_on_from_the_other(backbone, data_root, tmp_path, monkeypatch, fused_from):
+    """What runs on a GPU, beside what runs here; a run may go on there from a state that was saved here."""
+    stage = make_trainer(backbone, data_root, tmp_path).plan.stages[1]
+    adam = torch.optim.Adam
+
+    def after_steps(first_fused: int) -> dict[str, torch.Tensor]:
+        model, state = make_model(backbone, **BOTH), None
+        generator = torch.Generator().manual_seed(0)
+        for step in range(6):
+            fused = step >= first_fused
+            with monkeypatch.context() as patch:
+                patch.setattr("torch.optim.Adam", lambda *given, **named: adam(*given, **named | {"fused": fused}))  # noqa: B023
+                optimizer = make_optimizer(model.learned("image"), stage, state)
+            assert all(group["fused"] == fused for group in optimizer.param_groups)
+            for parameter in (p for module in model.learned("image").values() for p in module.parameters()):
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            state = optimizer.state_dict()
+        return checkpoints.states(model)["image_adapter"]
+
+    expected = after_steps(first_fused=6)
+    for name, found in after_steps(fused_from).items():
+        assert (found - expected[name]).abs().max() <= 1e-6, name
+
+
 def test_learning_rates_warm_up_and_follow_a_cosine():
     factors = [learning_rate_factor("cosine", step, 100, warmup_steps=3) for step in (0, 1, 50, 75, 100)]
     quarter = (1 + math.cos(0.75 * math.pi)) / 2

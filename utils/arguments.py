@@ -1,6 +1,7 @@
 """Command-line arguments that several scripts share. Flags keep AA-CLIP's names."""
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -20,8 +21,10 @@ from dataset.words import printable
 from model.adapter_cross_attention import ModelConfig, model_fields
 from model.weights import WEIGHT_FOLDERS
 from utils import processes
-from utils.machine import Machine, default_device
+from utils.machine import Machine, default_device, default_workers, is_cuda, take_tf32
 from utils.options import add_fields, add_flag, at_least
+
+logger = logging.getLogger(__name__)
 
 
 def class_argument(text: str) -> str:
@@ -190,6 +193,9 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     group.add_argument("--device", default=default_device(), help="device PyTorch computes on")
     add_flag(group, "precision", str, PRECISION, DEFAULT_PRECISION)
     group.add_argument(
+        "--tf32", action="store_true", help="on a GPU, fp32 products of factors rounded to TF32: faster, less exact"
+    )
+    group.add_argument(
         "--threads",
         type=at_least(1, 1024),
         help="that compute on the CPU; without it as many as PyTorch finds processors, or OMP_NUM_THREADS",
@@ -203,7 +209,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Where things are, what reads and what computes."""
     group = add_machine_arguments(parser)
     add_data_root(group)
@@ -213,7 +219,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out images that cannot be read, or whose mask cannot, and say so",
     )
     group.add_argument(
-        "--num_workers", type=at_least(0, 256), help="processes that read images; without it 4 on a GPU, else 0"
+        "--num_workers",
+        type=at_least(0, 256),
+        help="processes that read images; without it on a GPU its share of the processors, at most 16, else 0",
+    )
+    return group
+
+
+def add_compile_argument(group: argparse._ActionsContainer) -> None:
+    """Whether PyTorch compiles the visual forward."""
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="the visual forward by torch.compile: minutes at the start, then faster; results differ by rounding",
     )
 
 
@@ -222,13 +240,14 @@ def take_machine(args: argparse.Namespace) -> None:
     take_pixels(args.max_pixels)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    take_tf32(args.tf32 and is_cuda(args.device))
+    if args.tf32 and not is_cuda(args.device):
+        logger.warning("--tf32: changes nothing on %s; expected a GPU of CUDA.", args.device)
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """The machine of `add_run_arguments`."""
-    workers = args.num_workers
-    if workers is None:
-        workers = 4 if args.device.startswith("cuda") else 0
+    workers = default_workers(args.device) if args.num_workers is None else args.num_workers
     take_machine(args)
     return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links, args.skip_broken)
 

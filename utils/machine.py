@@ -1,12 +1,17 @@
 """Where things are and what computes."""
 
+import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 
 from utils import processes
+
+# Processes that read images for one GPU: more only take memory.
+MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,38 @@ def _own_gpu(name: str) -> str:
 def default_device() -> str:
     """A GPU's name where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_cuda(device_name: str) -> bool:
+    """Whether the device of that name is a GPU of CUDA."""
+    return device_name.startswith("cuda")
+
+
+def default_workers(device_name: str) -> int:
+    """How many processes read images for a device: on a GPU its share of the processors that this process may use.
+
+    torchrun says by LOCAL_WORLD_SIZE how many share them. Beside a CPU that computes, none.
+    """
+    if not is_cuda(device_name):
+        return 0
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(own // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), MOST_WORKERS)
+
+
+def take_tf32(wanted: bool) -> None:
+    """Have CUDA round the factors of float32 products to 10 bits, or not: PyTorch alone would for convolutions."""
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+
+
+@cache
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile finds no compiler for `device`, which it otherwise says in a traceback."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except RuntimeError as error:
+        reason = shorten(str(error).partition("\n")[0], 160)
+        raise ValueError(
+            f"--compile: PyTorch cannot compile for {device} here ({reason}). It needs a C++ compiler such as g++"
+            f"{', and Triton' if device.type == 'cuda' else ''}. Install it, or leave the flag out."
+        ) from error

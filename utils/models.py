@@ -1,7 +1,7 @@
 """From a checkpoint to a model: its configuration, the backbone it stands on, its weights."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model
 from model.backbone import DEFAULT_MODEL, Backbone, clip_config, default_adapters, load_backbone
 from model.weights import check_state
 from utils.checkpoints import Checkpoint, adapter_kind
+from utils.machine import check_compiler
 from utils.options import completed
 from utils.schema import ModelRecord, expect
 
@@ -98,6 +99,13 @@ def check_clip(recorded: str | None, backbone: Backbone, what: str) -> None:
             f"{what} {recorded[:16]}..., found {found} for {backbone.model_name}. "
             "Give the right file with --clip_weights FILE."
         )
+
+
+def compile_models(models: Iterable[CrossAttentionCLIP]) -> None:
+    """Have their visual forwards compiled, at the next call. Raises ValueError where PyTorch cannot compile here."""
+    for model in models:
+        check_compiler(model.backbone.device)
+        model.compile()
 
 
 class ModelLoader:

@@ -8,7 +8,7 @@ from typing import Any
 from dataset.commands import name_argument
 from dataset.transforms import AUGMENTATIONS
 from forward_utils_cross_attention import FEEDBACK
-from utils.arguments import BITS, CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION
+from utils.arguments import BITS, CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION, add_compile_argument
 from utils.options import MOST_SEED, add_fields, at_least, flag_fields, positive
 
 # Titles, in --help, of the flags that a base model's training does not have, and of those that each script has anyway.
@@ -152,6 +152,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache_images",
         action="store_true",
         help="keep decoded images in memory where they fit in half of what is free",
+    )
+    add_compile_argument(group)
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute the blocks anew in the backward pass: less memory, more time, the same result",
     )
     group.add_argument(
         "--accumulate",

@@ -70,5 +70,6 @@ class Bench:
             others = partners(self.records, seed=0)
         images = AnomalyDataset(self.data.folder, records, self._transform, partners=others)
         workers = self.batching.num_workers if num_workers is None else num_workers
-        batches = make_loader(images, self.batching.batch_size, workers, take=take)
+        device = contenders[0].model.backbone.device
+        batches = make_loader(images, self.batching.batch_size, workers, device=device, take=take)
         return judge_batches([self.detector(contender) for contender in contenders], batches, after_batch)

@@ -37,9 +37,9 @@ def calibrate(
     settings = plan.settings
     held_out = bool(data.held_out) and not _base_saw_held_out(plan.base, settings)
     records = _draw_kinds(data.held_out or data.train, IMAGES_OF_A_KIND, settings.seed)
-    images = data.images(records, Transform(detector.model.backbone.img_size))
-    many = settings.text_batch_size
-    loader = make_loader(images, many, num_workers, take=processes.own_turns)
+    backbone, many = detector.model.backbone, settings.text_batch_size
+    images = data.images(records, Transform(backbone.img_size))
+    loader = make_loader(images, many, num_workers, device=backbone.device, take=processes.own_turns)
     batches = progress(loader, desc="calibration", leave=False, total=math.ceil(len(images) / many / processes.count()))
     own = []
     for batch, (found,) in judge_batches([detector], batches, after_batch):

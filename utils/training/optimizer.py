@@ -17,7 +17,9 @@ MILESTONES = (16000, 32000)
 def make_optimizer(modules: Mapping[str, nn.Module], stage: Stage, earlier: dict | None = None) -> torch.optim.Adam:
     """Adam with a group for each of the stage's modules; `earlier` is a state dict to go on from."""
     groups = [{"params": list(module.parameters())} for module in modules.values()]
-    optimizer = torch.optim.Adam(groups, lr=stage.lr, betas=ADAM_BETAS)
+    # On a GPU one kernel updates all weights; elsewhere PyTorch's choice. Either takes up the state of the other.
+    fused = groups[0]["params"][0].is_cuda or None
+    optimizer = torch.optim.Adam(groups, lr=stage.lr, betas=ADAM_BETAS, fused=fused)
     if earlier is not None:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": _fitting(earlier["state"], groups)})
     return optimizer

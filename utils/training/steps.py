@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
 from dataset.loading import AnomalyDataset, Batch, SeededSampler, make_loader
 from dataset.records import Record
 from forward_utils_cross_attention import Part
@@ -38,13 +40,14 @@ class Steps:
         dataset: AnomalyDataset,
         batch_size: int,
         num_workers: int,
+        device: torch.device,
         sampler: SeededSampler | None = None,
         pieces: int = 1,
     ):
         self.dataset, self.batch_size, self.pieces = dataset, batch_size, pieces
         self.sampler = sampler
         take = partial(_own_pieces, pieces=pieces)
-        self.loader = make_loader(dataset, batch_size, num_workers, sampler, take)
+        self.loader = make_loader(dataset, batch_size, num_workers, sampler, device, take)
 
     def __iter__(self) -> Iterator[Step]:
         order = [index for index, _ in self.sampler] if self.sampler is not None else range(len(self.dataset))

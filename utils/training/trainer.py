@@ -198,7 +198,7 @@ class Trainer:
         dataset = self.data.images(self.data.train, self._transform(name))
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
         pieces = self.pieces if name == "image" else 1
-        steps = Steps(dataset, stage.batch_size, self.num_workers, sampler, pieces)
+        steps = Steps(dataset, stage.batch_size, self.num_workers, self.device, sampler, pieces)
         losses = processes.with_mean_gradients(Losses(self), all(record.has_mask for record in self.data.train))
         per_epoch = self.steps_per_epoch(stage)
         title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
@@ -346,7 +346,7 @@ class Trainer:
         """Means of the stage's losses on the held-out images, without augmentation."""
         means = Means()
         dataset = self.data.images(self.data.held_out, self._transform(None))
-        steps = Steps(dataset, stage.batch_size, self.num_workers)
+        steps = Steps(dataset, stage.batch_size, self.num_workers, self.device)
         in_all = math.ceil(len(dataset) / stage.batch_size)
         for step in progress(steps, desc="held out", leave=False, total=in_all):
             own: dict[str, Tensor] = {}
