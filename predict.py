@@ -49,7 +49,7 @@ from utils.judging import (
 from utils.logs import progress
 from utils.machine import device_of
 from utils.models import ModelLoader
-from utils.options import at_least
+from utils.options import add_flag, at_least
 from utils.report.plots import Example, Panel, draw_examples
 
 __all__ = ["Detector"]
@@ -87,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--domain", choices=tuple(BLUR), default=next(iter(BLUR)), help="of the images")
     parser.add_argument("--bits", type=at_least(8, 16), default=16, help=arguments.FEWER_BITS)
+    add_flag(parser, "reduced_jpeg", bool, arguments.REDUCED_JPEG, False)
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument("--save_path", type=path_argument, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
@@ -204,7 +205,7 @@ def judge_all(
     """Add to rows of predictions.csv and to {image: what is wrong with it}; the maps are written as they come."""
     for path, stem in progress(images.items(), desc="images", unit="image"):
         try:
-            image = read_image(path, detectors[0].bits)
+            image = detectors[0].read(path)
             verdicts = [detector(image) for detector in detectors]
             for detector, verdict in zip(detectors, verdicts, strict=True):
                 content = io.BytesIO()  # NumPy's own errors of writing do not say that a disk is full
@@ -268,7 +269,8 @@ def main() -> int:
     check_place(args.save_path, "--save_path")
     images = find_images(args.images, args.save_path)
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
-    detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision, args.bits)
+    named = args.class_name, args.domain
+    detectors = load_detectors(args.ckpt, *named, loader, args.precision, args.bits, args.reduced_jpeg)
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)

@@ -68,16 +68,23 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(filter(is_image, folder.iterdir()))
 
 
-def read_image(path: Path, bits: int = 16) -> Image.Image:
+def read_image(path: Path, bits: int = 16, reduced_to: int | None = None) -> Image.Image:
     """An RGB image as a viewer shows it: turned by its EXIF orientation, 16 bits scaled to 8, transparent over white.
 
-    `bits` of the values, if the file has 16 of them. Raises ValueError where the file cannot be decoded, or its values
-    have more bits.
+    `bits` of the values, if the file has 16 of them. `reduced_to`: a JPEG file is decoded at 1/8, 1/4 or 1/2 of its
+    size, if both sides keep at least so many px. Raises ValueError where the file cannot be decoded, or its values have
+    more bits.
     """
     with _opened(path, "an image") as image:
+        _reduce(image, reduced_to)
         if bits < 16 and _is_deep_colour(image):
             return _deep_colour_to_rgb(path, image, bits)
         return as_rgb(image, bits)
+
+
+def reduced_for(img_size: int) -> int:
+    """The `reduced_to` of images for a model that takes `img_size` px: twice as many, see docs/data.md."""
+    return 2 * img_size
 
 
 def take_pixels(most: int) -> None:
@@ -107,6 +114,18 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
         if isinstance(error, Image.DecompressionBombError):
             reason = "too many pixels; --max_pixels takes more"
         raise ValueError(f"{path}: not readable as {kind} ({shorten(reason, 160)}).") from error
+
+
+def _reduce(image: Image.Image, reduced_to: int | None) -> None:
+    """Have a JPEG file that was just opened decoded at the smallest size that `read_image` allows."""
+    if reduced_to is None:
+        return
+    width, height = image.size
+    for scale in (8, 4, 2):
+        # Of other sides the last row would hold less than the others, which moves the image against its mask.
+        if min(width, height) >= scale * reduced_to and width % scale == height % scale == 0:
+            image.draft(None, (width // scale, height // scale))  # which leaves other formats alone
+            return
 
 
 def as_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
@@ -309,7 +328,7 @@ def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image 
 
 def read_pixels(folder: Path, record: Record) -> tuple[Image.Image, MaskPixels | None]:
     """The same, of the mask what `read_mask_pixels` gives."""
-    image = read_image(folder / record.image_path, record.bits)
+    image = read_image(folder / record.image_path, record.bits, record.reduced_to)
     if record.mask_path is None:
         return image, None
     path = folder / record.mask_path
@@ -327,11 +346,12 @@ def _check_shapes(path: Path, image: tuple[int, int], mask: tuple[int, int]) -> 
         )
 
 
-def size_on_disk(path: Path) -> tuple[int, int]:
+def size_on_disk(path: Path, reduced_to: int | None = None) -> tuple[int, int]:
     """Width and height in pixels that `read_image` gives, from the header alone. Raises ValueError if unreadable."""
     if path.is_dir():  # of masks of one size
         path = _masks_in(path)[0]
     with _opened(path, "an image") as image:
+        _reduce(image, reduced_to)
         return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 
