@@ -261,13 +261,14 @@ def read_mask_pixels(path: Path, lossy: bool = False) -> MaskPixels:
     with _opened(path, "a mask") as image:
         mask = _turned(image)
         labels, compressed = mask.mode in ("1", "P"), image.format == "JPEG"
-        # Masks of 16 bits may be as dark as 1, which scaling to 8 bits would lose.
-        whole = np.asarray(mask) if mask.mode[0] in "IF" else np.asarray(_to_rgb(mask, "black")).max(axis=-1)
+        # Masks of 16 bits may be as dark as 1, which scaling to 8 bits would lose. Grey ones, as most are, stay so.
+        plain = mask.mode[0] in "IF" or (mask.mode == "L" and not mask.has_transparency_data)
+        whole = np.asarray(mask) if plain else np.asarray(_to_rgb(mask, "black")).max(axis=-1)
     values = whole
     if values.dtype != np.uint8:
         bright = DARK * 257 <= values.max(initial=0) <= 65535 and values.min(initial=0) >= 0
         values = (values / 257).astype(np.uint8) if bright else np.zeros_like(values, dtype=np.uint8)
-    grey = not labels and values.max(initial=0) >= DARK and np.count_nonzero(np.bincount(values.ravel())) >= MANY
+    grey = not labels and values.max(initial=0) >= DARK and np.count_nonzero(_counts(values)) >= MANY
     # A JPEG file of few or dark labels would be no mask; of a tiny defect it may not tell by its values.
     cut = values.max(initial=0) >= DARK if compressed else grey and (lossy or is_lossy(values))
     return MaskPixels(whole > whole.max() / 2 if cut else whole != 0, bool(cut), bool(grey))
@@ -287,13 +288,18 @@ def _together(folder: Path, masks: list[MaskPixels]) -> MaskPixels:
     return MaskPixels(defect, any(mask.cut for mask in masks), any(mask.grey for mask in masks))
 
 
+def _counts(values: np.ndarray) -> np.ndarray:
+    """How many pixels have each brightness, [256], of an array of uint8."""
+    return np.array(Image.fromarray(values).histogram())  # several times as quick as NumPy's bincount
+
+
 def is_lossy(values: np.ndarray) -> bool:
     """Whether the brightness 0 to 255 of a mask's pixels is that of two values, blurred by compression or resizing.
 
     It then crowds at both ends, with neighbours of black and of the brightest value, and little between. Numbers of
     labels are few, or dark, or stand alone.
     """
-    counts = np.bincount(values.ravel(), minlength=256)
+    counts = _counts(values)
     top = int(values.max(initial=0))
     ends, between = top / 8, counts[math.ceil(top / 4) : math.floor(top * 3 / 4) + 1].sum()
     beside_black = counts[1 : math.floor(ends) + 1].any()
