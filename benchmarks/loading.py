@@ -80,6 +80,16 @@ def read_one(dataset: AnomalyDataset, seed: int) -> None:
     dataset[0, seed]
 
 
+def transforms(img_size: int) -> dict[str, Transform]:
+    """{what takes images: how}."""
+    stages = {"Stage 1": "text", "Stage 2": "image"}
+    return {"test": Transform(img_size)} | {
+        f"{title}, {augment}": Transform(img_size, stage, augment)
+        for augment in AUGMENTATIONS
+        for title, stage in stages.items()
+    }
+
+
 def cases(folder: Path, img_size: int) -> dict[str, Callable[[int], object]]:
     """{what: reads one image and its mask, augmented by the seed}."""
     found: dict[str, Callable[[int], object]] = {}
@@ -87,21 +97,19 @@ def cases(folder: Path, img_size: int) -> dict[str, Callable[[int], object]]:
         record = write_photograph(folder, name, width, height, suffix)
         resized = ResizedImages(folder / "resized", folder, img_size)
         (reduced,) = with_reduced_jpeg([record], img_size)
-        for augment in AUGMENTATIONS:
-            for stage, title in (("text", "Stage 1"), ("image", "Stage 2")):
-                transform = Transform(img_size, stage, augment)
-                cache = ImageCache(folder, [record], transform)
-                cache.fill()
-                ways = {
-                    "file": (record, None),
-                    "--reduced_jpeg": (reduced, None),
-                    "--cache_images": (record, cache),
-                    "--resized_images": (record, resized if resized.serves(transform) else None),
-                }
-                for way, (read, kept) in ways.items():
-                    if way == "file" or kept or (read is reduced and suffix == "jpg"):
-                        dataset = AnomalyDataset(folder, [read], transform, kept)
-                        found[f"{name}, {title}, {augment}, {way}"] = partial(read_one, dataset)
+        for title, transform in transforms(img_size).items():
+            cache = ImageCache(folder, [record], transform)
+            cache.fill()
+            ways = {
+                "file": (record, None),
+                "--reduced_jpeg": (reduced, None),
+                "--cache_images": (record, cache if transform.augments else None),  # test.py has none
+                "--resized_images": (record, resized if resized.serves(transform) else None),
+            }
+            for way, (read, kept) in ways.items():
+                if way == "file" or kept or (read is reduced and suffix == "jpg"):
+                    dataset = AnomalyDataset(folder, [read], transform, kept)
+                    found[f"{name}, {title}, {way}"] = partial(read_one, dataset)
     return found
 
 
