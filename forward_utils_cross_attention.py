@@ -349,7 +349,7 @@ def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
 class Part(NamedTuple):
     """A part of a batch whose other parts are elsewhere, or come later; the losses of all parts add up to the batch's.
 
-    `images`: its share of the batch's images; `masks`: of those with a mask, 1 where there are none; `total`: the sum of
+    `images`: its share of the images; `masks`: of those with a mask, 1 where there are none; `total`: the sum of
     a number over all parts, without gradient.
     """
 

@@ -49,7 +49,7 @@ from utils.judging import (
 from utils.logs import progress
 from utils.machine import device_of
 from utils.models import ModelLoader, compile_models
-from utils.options import at_least
+from utils.options import add_flag, at_least
 from utils.report.plots import Example, Panel, draw_examples
 
 __all__ = ["Detector"]
@@ -87,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--domain", choices=tuple(BLUR), default=next(iter(BLUR)), help="of the images")
     parser.add_argument("--bits", type=at_least(8, 16), default=16, help=arguments.FEWER_BITS)
+    add_flag(parser, "reduced_jpeg", bool, arguments.REDUCED_JPEG, False)
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument("--save_path", type=path_argument, default=Path("predictions"), help="folder for the results")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
@@ -208,7 +209,7 @@ def judge_all(
     turns = list(processes.own_turns(images.items()))
     for path, stem in progress(turns, desc="images", unit="image"):
         try:
-            image = read_image(path, detectors[0].bits)
+            image = detectors[0].read(path)
             verdicts = [detector(image) for detector in detectors]
             for detector, verdict in zip(detectors, verdicts, strict=True):
                 content = io.BytesIO()  # NumPy's own errors of writing do not say that a disk is full
@@ -283,7 +284,8 @@ def main() -> int:
     images = find_images(args.images, args.save_path)
     arguments.check_same(args, {"images": list(images)})
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
-    detectors = load_detectors(args.ckpt, args.class_name, args.domain, loader, args.precision, args.bits)
+    named = args.class_name, args.domain
+    detectors = load_detectors(args.ckpt, *named, loader, args.precision, args.bits, args.reduced_jpeg)
     if args.compile:
         compile_models(detector.model for detector in detectors)
     if args.normal_images:

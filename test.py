@@ -27,7 +27,7 @@ from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.judging import check_normal_images
 from utils.models import ModelLoader, compile_models
-from utils.options import MOST_SEED, at_least
+from utils.options import MOST_SEED, add_flag, at_least
 from utils.report.html import Chapter, write_report
 from utils.report.pictures import draw_loops, draw_one, draw_sheets, picture_folder
 from utils.report.tables import notes, text_table, write_json, write_latex, write_results
@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
         help="folder for the results, one in it for each run; without it they go beside the checkpoints",
     )
     arguments.add_own_data_arguments(parser)
+    add_flag(parser, "reduced_jpeg", bool, arguments.REDUCED_JPEG, False)
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument(
         "--batch_size", type=at_least(1, 65_536), default=8, help="images per forward; results do not depend on it"
@@ -193,7 +194,8 @@ def main() -> None:
         data_sets = [replace(d, records=with_bits(d.folder, d.records, args.bits)) for d in data_sets]
     if args.normal_images:
         check_normal_images(contender.model for contender in contenders)
-    batching = Batching(args.batch_size, machine.num_workers, args.precision)
+    how = args.precision, args.reduced_jpeg, machine.resized_images
+    batching = Batching(args.batch_size, machine.num_workers, *how)
     benches = [Bench(data, loader.backbone, batching, normal_images_of(args, data)) for data in data_sets]
     if args.image_idx is not None:
         if not processes.is_first():

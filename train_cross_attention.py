@@ -200,7 +200,8 @@ def main() -> None:
     backbone.recompute = args.grad_checkpointing
     if args.compile:
         compile_models([trainer.model])
-    batching = Batching(EVAL_BATCH, machine.num_workers, plan.settings.precision)
+    how = plan.settings.precision, plan.settings.reduced_jpeg, machine.resized_images
+    batching = Batching(EVAL_BATCH, machine.num_workers, *how)
     data_sets = open_eval_sets(args.eval_dataset, machine)
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))

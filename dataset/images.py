@@ -68,16 +68,23 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(filter(is_image, folder.iterdir()))
 
 
-def read_image(path: Path, bits: int = 16) -> Image.Image:
+def read_image(path: Path, bits: int = 16, reduced_to: int | None = None) -> Image.Image:
     """An RGB image as a viewer shows it: turned by its EXIF orientation, 16 bits scaled to 8, transparent over white.
 
-    `bits` of the values, if the file has 16 of them. Raises ValueError where the file cannot be decoded, or its values
-    have more bits.
+    `bits` of the values, if the file has 16 of them. `reduced_to`: a JPEG file is decoded at 1/8, 1/4 or 1/2 of its
+    size, if both sides keep at least so many px. Raises ValueError where the file cannot be decoded, or its values have
+    more bits.
     """
     with _opened(path, "an image") as image:
+        _reduce(image, reduced_to)
         if bits < 16 and _is_deep_colour(image):
             return _deep_colour_to_rgb(path, image, bits)
         return as_rgb(image, bits)
+
+
+def reduced_for(img_size: int) -> int:
+    """The `reduced_to` of images for a model that takes `img_size` px: twice as many, see docs/data.md."""
+    return 2 * img_size
 
 
 def take_pixels(most: int) -> None:
@@ -107,6 +114,18 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
         if isinstance(error, Image.DecompressionBombError):
             reason = "too many pixels; --max_pixels takes more"
         raise ValueError(f"{path}: not readable as {kind} ({shorten(reason, 160)}).") from error
+
+
+def _reduce(image: Image.Image, reduced_to: int | None) -> None:
+    """Have a JPEG file that was just opened decoded at the smallest size that `read_image` allows."""
+    if reduced_to is None:
+        return
+    width, height = image.size
+    for scale in (8, 4, 2):
+        # Of other sides the last row would hold less than the others, which moves the image against its mask.
+        if min(width, height) >= scale * reduced_to and width % scale == height % scale == 0:
+            image.draft(None, (width // scale, height // scale))  # which leaves other formats alone
+            return
 
 
 def as_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
@@ -242,13 +261,14 @@ def read_mask_pixels(path: Path, lossy: bool = False) -> MaskPixels:
     with _opened(path, "a mask") as image:
         mask = _turned(image)
         labels, compressed = mask.mode in ("1", "P"), image.format == "JPEG"
-        # Masks of 16 bits may be as dark as 1, which scaling to 8 bits would lose.
-        whole = np.asarray(mask) if mask.mode[0] in "IF" else np.asarray(_to_rgb(mask, "black")).max(axis=-1)
+        # Masks of 16 bits may be as dark as 1, which scaling to 8 bits would lose. Grey ones, as most are, stay so.
+        plain = mask.mode[0] in "IF" or (mask.mode == "L" and not mask.has_transparency_data)
+        whole = np.asarray(mask) if plain else np.asarray(_to_rgb(mask, "black")).max(axis=-1)
     values = whole
     if values.dtype != np.uint8:
         bright = DARK * 257 <= values.max(initial=0) <= 65535 and values.min(initial=0) >= 0
         values = (values / 257).astype(np.uint8) if bright else np.zeros_like(values, dtype=np.uint8)
-    grey = not labels and values.max(initial=0) >= DARK and np.count_nonzero(np.bincount(values.ravel())) >= MANY
+    grey = not labels and values.max(initial=0) >= DARK and np.count_nonzero(_counts(values)) >= MANY
     # A JPEG file of few or dark labels would be no mask; of a tiny defect it may not tell by its values.
     cut = values.max(initial=0) >= DARK if compressed else grey and (lossy or is_lossy(values))
     return MaskPixels(whole > whole.max() / 2 if cut else whole != 0, bool(cut), bool(grey))
@@ -268,13 +288,18 @@ def _together(folder: Path, masks: list[MaskPixels]) -> MaskPixels:
     return MaskPixels(defect, any(mask.cut for mask in masks), any(mask.grey for mask in masks))
 
 
+def _counts(values: np.ndarray) -> np.ndarray:
+    """How many pixels have each brightness, [256], of an array of uint8."""
+    return np.array(Image.fromarray(values).histogram())  # several times as quick as NumPy's bincount
+
+
 def is_lossy(values: np.ndarray) -> bool:
     """Whether the brightness 0 to 255 of a mask's pixels is that of two values, blurred by compression or resizing.
 
     It then crowds at both ends, with neighbours of black and of the brightest value, and little between. Numbers of
     labels are few, or dark, or stand alone.
     """
-    counts = np.bincount(values.ravel(), minlength=256)
+    counts = _counts(values)
     top = int(values.max(initial=0))
     ends, between = top / 8, counts[math.ceil(top / 4) : math.floor(top * 3 / 4) + 1].sum()
     beside_black = counts[1 : math.floor(ends) + 1].any()
@@ -309,7 +334,7 @@ def read_record(folder: Path, record: Record) -> tuple[Image.Image, Image.Image 
 
 def read_pixels(folder: Path, record: Record) -> tuple[Image.Image, MaskPixels | None]:
     """The same, of the mask what `read_mask_pixels` gives."""
-    image = read_image(folder / record.image_path, record.bits)
+    image = read_image(folder / record.image_path, record.bits, record.reduced_to)
     if record.mask_path is None:
         return image, None
     path = folder / record.mask_path
@@ -327,11 +352,12 @@ def _check_shapes(path: Path, image: tuple[int, int], mask: tuple[int, int]) -> 
         )
 
 
-def size_on_disk(path: Path) -> tuple[int, int]:
+def size_on_disk(path: Path, reduced_to: int | None = None) -> tuple[int, int]:
     """Width and height in pixels that `read_image` gives, from the header alone. Raises ValueError if unreadable."""
     if path.is_dir():  # of masks of one size
         path = _masks_in(path)[0]
     with _opened(path, "an image") as image:
+        _reduce(image, reduced_to)
         return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 

@@ -20,6 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from dataset.images import read_record, readers, size_on_disk
 from dataset.records import Record
+from dataset.resized import ResizedImages
 from dataset.transforms import Transform
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,14 @@ class ImageCache:
         self.parts: dict[Record, list[tuple[int, tuple[int, ...]]]] = {}
         for record in records:
             parts = self.parts[record] = []
-            for path, channels in ((record.image_path, (3,)), (record.mask_path, ())):
+            for path, channels, to in ((record.image_path, (3,), record.reduced_to), (record.mask_path, (), None)):
                 if path:
-                    width, height = self._size_of(folder / path)
+                    width, height = self._size_of(folder / path, to)
                     parts.append((self.size, (height, width, *channels)))
                     self.size += math.prod(parts[-1][1])
 
-    def _size_of(self, path: Path) -> tuple[int, int]:
-        return (self.transform.img_size,) * 2 if self.transform.resize_first else size_on_disk(path)
+    def _size_of(self, path: Path, reduced_to: int | None) -> tuple[int, int]:
+        return (self.transform.img_size,) * 2 if self.transform.resize_first else size_on_disk(path, reduced_to)
 
     def fill(self) -> None:
         """Read all files. Raises ValueError for one that is not readable."""
@@ -61,6 +62,10 @@ class ImageCache:
             image, mask = self.transform.resize(image, mask)
         for (start, shape), picture in zip(self.parts[record], (image, mask), strict=False):  # mask: None, or a part
             self.pixels[start : start + math.prod(shape)] = torch.from_numpy(np.array(picture)).flatten()
+
+    def serves(self, transform: Transform) -> bool:
+        """Whether a transform makes the same of these images as of those in the files."""
+        return transform.takes_resized or not self.transform.resize_first
 
     def read(self, record: Record) -> tuple[Image.Image, Image.Image | None]:
         """The image of a record and its mask, None where it has none."""
@@ -127,7 +132,7 @@ class AnomalyDataset(Dataset[Item]):
         folder: Path,
         records: list[Record],
         transform: Transform,
-        cache: ImageCache | None = None,
+        cache: ImageCache | ResizedImages | None = None,
         partners: dict[Record, Record] | None = None,
     ):
         self.folder, self.records, self.transform, self.cache = folder, records, transform, cache
@@ -163,7 +168,9 @@ class AnomalyDataset(Dataset[Item]):
         return item
 
     def _read(self, record: Record) -> tuple[Image.Image, Image.Image | None]:
-        return self.cache.read(record) if self.cache else read_record(self.folder, record)
+        if self.cache is not None and self.cache.serves(self.transform):
+            return self.cache.read(record)
+        return read_record(self.folder, record)
 
 
 class SeededSampler(Sampler[tuple[int, int]]):

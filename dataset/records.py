@@ -28,8 +28,8 @@ LONGEST = 4096
 class Record:
     """One image: `label` 0 normal or 1 anomalous; `mask_path` None for normal and for maskless images.
 
-    `bits` of the image's values, if its file has 16, and whether masks of its set are `lossy`, see `read_mask_pixels`:
-    how its files are read, not which they are.
+    `bits` of the image's values, if its file has 16, the px that JPEG files are `reduced_to`, see `read_image`, and
+    whether masks of its set are `lossy`, see `read_mask_pixels`: how its files are read, not which they are.
     """
 
     image_path: str
@@ -38,6 +38,7 @@ class Record:
     mask_path: str | None = None
     bits: int = field(default=16, repr=False, compare=False)
     lossy: bool = field(default=False, repr=False, compare=False)
+    reduced_to: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def has_mask(self) -> bool:

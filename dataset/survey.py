@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from dataset.images import MaskPixels, bits_for, brightest, pages, read_pixels, readers
+from dataset.images import MaskPixels, bits_for, brightest, pages, read_pixels, readers, reduced_for
 from dataset.records import Record
 from dataset.sets import DataSet
 from dataset.words import named_few
@@ -156,6 +156,11 @@ def with_bits(folder: Path, records: list[Record], bits: int | None) -> list[Rec
         if depth and depth.usual < bits:
             logger.warning("%s: %s", folder, usual_words(depth))
     return records if bits == 16 else [replace(record, bits=bits) for record in records]
+
+
+def with_reduced_jpeg(records: list[Record], img_size: int) -> list[Record]:
+    """The records, of which large JPEG files are read at reduced size, for a model that takes `img_size` px."""
+    return [replace(record, reduced_to=reduced_for(img_size)) for record in records]
 
 
 class Depth(NamedTuple):

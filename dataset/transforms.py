@@ -30,6 +30,8 @@ class Transform:
     def __init__(self, img_size: int, stage: str | None = None, augment: str = "published"):
         self.img_size, self.augments = img_size, stage is not None
         self.resize_first = augment == "smooth"
+        # Whether an image that was resized before comes out the same; resizing it again leaves it as it is.
+        self.takes_resized = self.resize_first or stage != "image"
         self.jitter = v2.Compose(
             [
                 v2.RandomApply([v2.ColorJitter(**{kind: 0.5})], p=0.7)

@@ -8,18 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, PngImagePlugin
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from dataset import check
-from dataset.images import as_rgb, read_defect, read_image, read_mask_pixels, read_record, size_on_disk
+from dataset.images import (
+    as_rgb,
+    read_defect,
+    read_image,
+    read_mask_pixels,
+    read_record,
+    reduced_for,
+    size_on_disk,
+)
 from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
+from dataset.records import Record
 from dataset.sets import open_dataset
-from dataset.survey import survey
+from dataset.survey import survey, with_reduced_jpeg
 from dataset.transforms import Transform
 from tests.conftest import write_small_dataset
 from tests.test_data import edit
+from utils.checkpoints import load_checkpoint
+from utils.files import read_csv
 
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
@@ -418,3 +429,94 @@ def test_workers_that_are_spawned_give_the_same(root, spawn):
         return torch.cat([batch["image"] for batch in loader])
 
     assert torch.equal(epoch(1, cache), epoch(0, None))
+
+
+def photograph(width: int, height: int, kind: str) -> Image.Image:
+    """Pixels as smooth and as noisy as those of a photograph, lines of all colours, or nothing but noise."""
+    rng = np.random.default_rng(0)
+    if kind == "noise":
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    coarse = Image.fromarray(rng.integers(40, 216, (height // 16, width // 16, 3), dtype=np.uint8))
+    found = coarse.resize((width, height), Image.Resampling.BILINEAR)
+    if kind == "lines":
+        for _ in range(200):
+            ends = [tuple(rng.integers(0, (width, height)).tolist()) for _ in range(2)]
+            colour = tuple(rng.integers(0, 256, 3).tolist())
+            ImageDraw.Draw(found).line(ends, colour, int(rng.integers(1, 12)))
+    return Image.fromarray(np.clip(found + rng.normal(0, 2, (height, width, 3)), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("size", "side", "scale"), [(2072, 518, 2), (1024, 64, 8), (256, 64, 2)])
+@pytest.mark.parametrize(("kind", "most", "mean"), [("photograph", 8, 2), ("lines", 40, 4), ("noise", 40, 4)])
+def test_a_reduced_jpeg_gives_nearly_the_same_tensor(tmp_path, size, side, scale, kind, most, mean):
+    """The bounds that docs/data.md states, in levels of 255."""
+    photograph(size, size, kind).save(tmp_path / "x.jpg", quality=75)
+    whole, reduced = (read_image(tmp_path / "x.jpg", 16, to) for to in (None, reduced_for(side)))
+    assert whole.size == (size, size) and reduced.size == (size // scale, size // scale)
+    first, second = (Transform(side)(image, None)[0] for image in (whole, reduced))
+    levels = ((first - second) * STD * 255).abs()
+    assert levels.max() <= most and levels.mean() <= mean
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((512, 256), (256, 128)),
+        ((255, 255), (255, 255)),
+        ((514, 257), (514, 257)),
+        ((516, 1040), (129, 260)),
+        ((518, 1040), (259, 520)),
+    ],
+)
+def test_a_jpeg_is_reduced_where_both_sides_stay_large_and_whole(tmp_path, size, expected):
+    image = photograph(*size, "photograph")
+    image.save(tmp_path / "x.jpg", exif=turned_by(6))
+    found = read_image(tmp_path / "x.jpg", 16, reduced_for(64))
+    assert found.size == expected[::-1] == size_on_disk(tmp_path / "x.jpg", reduced_for(64))
+    image.save(tmp_path / "x.png")
+    assert np.array_equal(read_image(tmp_path / "x.png", 16, reduced_for(64)), image)
+
+
+@pytest.mark.parametrize("augment", ["published", "smooth"])
+def test_masks_are_never_read_reduced(root, augment):
+    folder, record = root / "small", Record("x.jpg", 1, "candle", "x_mask.jpg")
+    photograph(512, 512, "photograph").save(folder / "x.jpg")
+    mask = Image.new("L", (512, 512))
+    mask.paste(255, (100, 200, 201, 303))
+    mask.save(folder / "x_mask.jpg")
+    (reduced,) = with_reduced_jpeg([record], 64)
+    assert [image.size for image in read_record(folder, reduced)] == [(128, 128), (512, 512)]
+    for stage in ("text", "image"):
+        transform = Transform(64, stage, augment)
+        cache = ImageCache(folder, [reduced], transform)
+        cache.fill()
+        whole = AnomalyDataset(folder, [record], transform)[0, 7]
+        for kept in (None, cache):
+            found = AnomalyDataset(folder, [reduced], transform, kept)[0, 7]
+            assert torch.equal(found["mask"], whole["mask"]) and (found["image"] - whole["image"]).abs().max() < 0.3
+
+
+def test_reduced_jpegs_are_recorded(scripts, root, base, tmp_path, capsys):
+    folder = root / "small"
+    for path in (folder / "candle").glob("?_?.png"):
+        Image.open(path).resize((384, 320)).save(path, format="JPEG")
+    command = ["train_cross_attention", "--dataset", "small", "--device", "cpu", "--text_epoch", "1", "--loops", "1"]
+    command += ["--image_epoch", "1", "--resume", base, "--save_path", tmp_path / "run", "--reduced_jpeg"]
+    assert scripts(*command, data_root=root) == 0
+    assert load_checkpoint(tmp_path / "run" / "loop_1.pth").training["reduced_jpeg"] is True
+    test = ["test", "--ckpt", tmp_path / "run" / "loop_1.pth", "--dataset", "small", "--device", "cpu"]
+    scores = []
+    for flags, said in (([], 0), (["--reduced_jpeg"], 1)):
+        capsys.readouterr()
+        assert scripts(*test, *flags, data_root=root) == 0
+        assert capsys.readouterr().out.count("decoded at reduced size (--reduced_jpeg)") == said
+        rows = read_csv(tmp_path / "run" / "loop_1_small.csv", ["reduced_jpeg", "pixel_auroc"])
+        assert {row["reduced_jpeg"] for row in rows} == {str(bool(flags))}
+        images = read_csv(tmp_path / "run" / "loop_1_small_images.csv", ["class", "single_score"])
+        scores.append({row["class"]: float(row["single_score"]) for row in images})
+    assert scores[0]["metal_nut"] == scores[1]["metal_nut"]
+    assert 0 < abs(scores[0]["candle"] - scores[1]["candle"]) < 0.02
+    predict = ["predict", "--ckpt", tmp_path / "run" / "loop_1.pth", "--images", folder / "candle" / "1_3.png"]
+    assert scripts(*predict, "--class_name", "candle", "--reduced_jpeg", "--save_path", tmp_path / "predictions") == 0
+    (row,) = read_csv(tmp_path / "predictions" / "predictions.csv", ["single_score"])
+    assert float(row["single_score"]) == pytest.approx(scores[1]["candle"], abs=1e-5)

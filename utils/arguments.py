@@ -55,6 +55,11 @@ BITS: dict[str, Any] = {
     "most": 16,
     "group": "data",
 }
+REDUCED_JPEG: dict[str, Any] = {
+    "help": "decode large JPEG files at 1/2, 1/4 or 1/8 of their size, where twice the model's input is left; quicker, "
+    "and changes pixels by a few of 255 levels",
+    "group": "data",
+}
 NORMAL_IMAGES = (
     "folder of known good images that text cross-attention in the joint space sees beside each image, the same number "
     "of each class in a folder of its name (of a single class also without); no longer zero-shot"
@@ -66,7 +71,7 @@ PRECISION: dict[str, Any] = {
 }
 DEFAULT_PRECISION = "fp32"
 # Arguments that may differ between the machines of one job.
-PLACES = ("clip_weights", "data_root", "images")
+PLACES = ("clip_weights", "data_root", "images", "resized_images")
 # Lines of all @FILEs of a call, and @FILEs within each other.
 MOST_LINES, DEEPEST = 100_000, 20
 
@@ -219,6 +224,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="leave out images that cannot be read, or whose mask cannot, and say so",
     )
     group.add_argument(
+        "--resized_images",
+        type=path_argument,
+        help="folder that keeps images and masks at the model's size, filled as they are read; no result depends on it",
+    )
+    group.add_argument(
         "--num_workers",
         type=at_least(0, 256),
         help="processes that read images; without it on a GPU its share of the processors, at most 16, else 0",
@@ -249,7 +259,8 @@ def machine_of(args: argparse.Namespace) -> Machine:
     """The machine of `add_run_arguments`."""
     workers = default_workers(args.device) if args.num_workers is None else args.num_workers
     take_machine(args)
-    return Machine(args.device, args.clip_weights, Path(args.data_root), workers, args.follow_links, args.skip_broken)
+    data_root, files = Path(args.data_root), (args.follow_links, args.skip_broken, args.resized_images)
+    return Machine(args.device, args.clip_weights, data_root, workers, *files)
 
 
 def check_same(args: argparse.Namespace, more: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.constants import BLUR, describe_class
-from dataset.images import as_rgb, read_image
+from dataset.images import as_rgb, read_image, reduced_for
 from dataset.loading import Batch
 from dataset.transforms import Transform
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, known_patches, predict
@@ -41,7 +41,7 @@ class Verdict:
 class Detector:
     """A trained model that judges images of the classes of `text`; `known`, of good images, as in `encode`.
 
-    `bits` of the values of images that it reads, if their files have 16.
+    `bits` of the values of images that it reads, if their files have 16; `reduced_to` as in `read_image`.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Detector:
     calibration: Calibration | None
     precision: str = "fp32"
     bits: int = 16
+    reduced_to: int | None = None
     known: dict[str, list[Tensor]] | None = None
 
     @classmethod
@@ -61,9 +62,10 @@ class Detector:
         precision: str = "fp32",
         name: str = "",
         bits: int = 16,
+        reduced_to: int | None = None,
     ) -> "Detector":
         """From a model whose text modules do not train meanwhile."""
-        return cls(name, model, ClassText(model, bank, fixed=True), calibration, precision, bits)
+        return cls(name, model, ClassText(model, bank, fixed=True), calibration, precision, bits, reduced_to)
 
     @classmethod
     def load(
@@ -77,6 +79,7 @@ class Detector:
         model_name: str | None = None,
         img_size: int | None = None,
         bits: int = 16,
+        reduced_jpeg: bool = False,
     ) -> "Detector":
         """From a loop file or the folder of a base; the rest as predict.py's flags of these names.
 
@@ -87,10 +90,14 @@ class Detector:
         named = {"model_name": model_name, "img_size": img_size}
         flags = {name: value for name, value in named.items() if value is not None}
         loader = ModelLoader(device_of(device), Path(clip_weights) if clip_weights else None, flags)
-        detectors = load_detectors([Path(ckpt)], class_name, domain, loader, precision, bits)
+        detectors = load_detectors([Path(ckpt)], class_name, domain, loader, precision, bits, reduced_jpeg)
         if len(detectors) > 1:
             raise ValueError(f"{ckpt}: a run of {len(detectors)} loops. Name one of its files.")
         return detectors[0]
+
+    def read(self, path: Path) -> Image.Image:
+        """An image file as it is judged. Raises ValueError where it is not readable."""
+        return read_image(path, self.bits, self.reduced_to)
 
     def seeing(self, normal_images: dict[str, list[Path]]) -> "Detector":
         """The same, with text cross-attention that sees images of each class which are known to be good.
@@ -102,7 +109,7 @@ class Detector:
         transform = Transform(self.model.backbone.img_size)
         known = {}
         for name, paths in normal_images.items():
-            pixels = (transform(read_image(path, self.bits), None)[0][None] for path in paths)
+            pixels = (transform(self.read(path), None)[0][None] for path in paths)
             seen = [
                 known_patches(self.model, image.to(self.model.backbone.device), name, self.text, self.precision)
                 for image in pixels
@@ -151,7 +158,7 @@ class Detector:
         if isinstance(image, Image.Image):
             picture, name = as_rgb(image, self.bits), "the image"
         else:
-            picture, name = read_image(Path(image), self.bits), str(image)
+            picture, name = self.read(Path(image)), str(image)
         pixels, _ = Transform(self.model.backbone.img_size)(picture, None)
         if len(self.text.bank.index) > 1:
             raise ValueError(
@@ -162,11 +169,18 @@ class Detector:
 
 
 def load_detectors(
-    paths: list[Path], class_name: str, domain: str, loader: ModelLoader, precision: str, bits: int
+    paths: list[Path],
+    class_name: str,
+    domain: str,
+    loader: ModelLoader,
+    precision: str,
+    bits: int,
+    reduced_jpeg: bool = False,
 ) -> list[Detector]:
     """Detectors of all checkpoints that `paths` name, on one backbone, for images of one class with so many bits.
 
-    Raises ValueError for a model that looks at another image than the one that it judges.
+    `reduced_jpeg`: they read large JPEG files at reduced size. Raises ValueError for a model that looks at another
+    image than the one that it judges.
     """
     named = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
     checkpoints = list({checkpoint.path.resolve(): checkpoint for checkpoint in named}.values())  # each once
@@ -178,9 +192,10 @@ def load_detectors(
                 "test.py tests it; for single images take a model without this flag."
             )
     description, _ = describe_class("", class_name)
+    reduced_to = reduced_for(loader.backbone.img_size) if reduced_jpeg else None
     bank = PromptBank(loader.backbone, {class_name: description}, domain)
     return [
-        Detector.of(model, bank, checkpoint.calibration, precision, name, bits)
+        Detector.of(model, bank, checkpoint.calibration, precision, name, bits, reduced_to)
         for name, model, checkpoint in zip(checkpoint_names(checkpoints), models, checkpoints, strict=True)
     ]
 

@@ -24,6 +24,7 @@ class Machine:
     num_workers: int
     follow_links: bool = False
     skip_broken: bool = False
+    resized_images: Path | None = None
 
     @property
     def device(self) -> torch.device:

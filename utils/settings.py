@@ -8,7 +8,15 @@ from typing import Any
 from dataset.commands import name_argument
 from dataset.transforms import AUGMENTATIONS
 from forward_utils_cross_attention import FEEDBACK
-from utils.arguments import BITS, CLASS_NAME, DEFAULT_PRECISION, DOMAIN, PRECISION, add_compile_argument
+from utils.arguments import (
+    BITS,
+    CLASS_NAME,
+    DEFAULT_PRECISION,
+    DOMAIN,
+    PRECISION,
+    REDUCED_JPEG,
+    add_compile_argument,
+)
 from utils.options import MOST_SEED, add_fields, at_least, flag_fields, positive
 
 # Titles, in --help, of the flags that a base model's training does not have, and of those that each script has anyway.
@@ -53,6 +61,7 @@ class Settings:
     domain: str | None = field(default=None, metadata=DOMAIN)
     class_name: str | None = field(default=None, metadata=CLASS_NAME | {"added": True})
     bits: int | None = field(default=None, metadata=BITS | {"added": True})
+    reduced_jpeg: bool = field(default=False, metadata=REDUCED_JPEG | {"added": True})
     shot: int | None = _flag(
         "K for K images per class, half of them normal and half anomalous, drawn by --seed (or those of a list "
         "K-shot.jsonl beside full-shot.jsonl); full or 0 for all, as without it",

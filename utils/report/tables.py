@@ -111,6 +111,8 @@ def notes(comparison: Comparison) -> list[str]:
             f"Not zero-shot: text cross-attention in the joint space sees {count} known good images of each class. "
             "Bases do not, and calibrations were fitted without."
         )
+    if comparison.bench.batching.reduced_jpeg:
+        found.append("Large JPEG files were decoded at reduced size (--reduced_jpeg).")
     data, known = comparison.data, DATA_SETS.get(comparison.data.source)
     if known and known.reported and not data.reported:
         found.append(f"AA-CLIP's reported numbers are left out: these are not all images of {data.source}, or others.")
@@ -157,7 +159,8 @@ def _class_rows(results: Results) -> list[dict]:
             row |= {f"{metric}_{role}": value for metric, value in other.values[class_name].items()}
             row |= _cells(results.differences[role][class_name], f"_less_{role}")
         row |= {"trained_on_this_data_set": contender.was_trained_on(data)}
-        rows.append(row | {"img_size": contender.model.config.img_size, "precision": results.bench.batching.precision})
+        row |= {"img_size": contender.model.config.img_size, "precision": results.bench.batching.precision}
+        rows.append(row | {"reduced_jpeg": results.bench.batching.reduced_jpeg})
     return rows
 
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from dataset.loading import AnomalyDataset, Batch, Take, make_loader
 from dataset.records import Record, partners
+from dataset.resized import ResizedImages
 from dataset.sets import DataSet
+from dataset.survey import with_reduced_jpeg
 from dataset.transforms import Transform
 from forward_utils_cross_attention import Prediction, PromptBank
 from model.backbone import Backbone
@@ -17,11 +19,13 @@ from utils.testing.contenders import Contender
 
 
 class Batching(NamedTuple):
-    """How images go through the models; results do not depend on the first two."""
+    """How images are read and go through the models; results depend on `precision` and `reduced_jpeg` alone."""
 
     batch_size: int
     num_workers: int
     precision: str
+    reduced_jpeg: bool = False
+    resized_images: Path | None = None
 
 
 class Bench:
@@ -36,6 +40,8 @@ class Bench:
         self, data: DataSet, backbone: Backbone, batching: Batching, normal_images: dict[str, list[Path]] | None = None
     ):
         name = f"{data.name}_normal_images" if normal_images else data.name
+        if batching.reduced_jpeg:
+            data = replace(data, records=with_reduced_jpeg(data.records, backbone.img_size))
         # Files are called so, with more before and behind.
         self.data = replace(
             data, name=name if len(name.encode("utf-8", "replace")) <= LONGEST_NAME else safe_name(name)
@@ -43,6 +49,8 @@ class Bench:
         self.batching, self.normal_images = batching, normal_images
         self.bank = PromptBank(backbone, data.descriptions, data.domain)
         self._transform = Transform(backbone.img_size)
+        place = batching.resized_images
+        self._resized = ResizedImages(place, data.folder, backbone.img_size) if place else None
 
     @property
     def records(self) -> list[Record]:
@@ -52,8 +60,9 @@ class Bench:
     def detector(self, contender: Contender) -> Detector:
         """The model of a contender, ready to judge images of the data set."""
         fitted = contender.checkpoint.calibration
-        bits = self.data.records[0].bits  # one number for the whole data set
-        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name, bits)
+        first = self.data.records[0]  # all are read alike
+        reading = first.bits, first.reduced_to
+        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name, *reading)
         return detector.seeing(self.normal_images) if self.normal_images else detector
 
     def predictions(
@@ -68,7 +77,7 @@ class Bench:
         others = None
         if any(contender.model.sees_another_image for contender in contenders):
             others = partners(self.records, seed=0)
-        images = AnomalyDataset(self.data.folder, records, self._transform, partners=others)
+        images = AnomalyDataset(self.data.folder, records, self._transform, self._resized, others)
         workers = self.batching.num_workers if num_workers is None else num_workers
         device = contenders[0].model.backbone.device
         batches = make_loader(images, self.batching.batch_size, workers, device=device, take=take)

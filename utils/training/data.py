@@ -7,8 +7,9 @@ from pathlib import Path
 from dataset.loading import AnomalyDataset, ImageCache, cache_images
 from dataset.prepare import prepare
 from dataset.records import Record, digest, hold_out, hold_out_classes, partners
+from dataset.resized import ResizedImages
 from dataset.sets import draw_few_shot, open_dataset
-from dataset.survey import survey, with_bits
+from dataset.survey import survey, with_bits, with_reduced_jpeg
 from dataset.transforms import Transform
 from utils import processes
 from utils.machine import Machine
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """Records to train on and, with `--val_fraction` or `--val_classes`, those held out.
 
-    `cache` holds the images of both, None where every epoch reads the files. `partners`: which other image each is
-    seen with, None where it is seen alone. The rest as in `dataset.sets.DataSet`.
+    `cache` has the images of both, in memory or resized on disk, None where every epoch reads the files. `partners`:
+    which other image each is seen with, None where it is seen alone. The rest as in `dataset.sets.DataSet`.
     """
 
     folder: Path
@@ -30,7 +31,7 @@ class TrainingData:
     train: list[Record]
     held_out: list[Record]
     descriptions: dict[str, str]
-    cache: ImageCache | None = None
+    cache: ImageCache | ResizedImages | None = None
     partners: dict[Record, Record] | None = None
 
     @property
@@ -60,19 +61,32 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
     data = replace(data, records=with_bits(data.folder, data.records, settings.bits))
     if machine.skip_broken:  # before any are drawn, or held out
         data = replace(data, records=survey(data.folder, data.records, skip_broken=True))
+    resized = _resized_images(machine, data.folder, settings.augment, img_size)
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
     if not machine.skip_broken:
         records = survey(data.folder, records)
+    if settings.reduced_jpeg:  # after the files were seen whole
+        records = with_reduced_jpeg(records, img_size)
     train, held_out = _divide(records, settings)
     if not train or (settings.val_fraction and not held_out):
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
-    resized = Transform(img_size, augment=settings.augment)
-    cache = cache_images(data.folder, records, resized, processes.count_here()) if in_memory else None
+    first = Transform(img_size, augment=settings.augment)
+    cached = cache_images(data.folder, records, first, processes.count_here()) if in_memory else None
+    cache = cached or resized
     _report_maskless(train)
     return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
+
+
+def _resized_images(machine: Machine, folder: Path, augment: str, img_size: int) -> ResizedImages | None:
+    """Those of --resized_images; said where a stage does not use them."""
+    if machine.resized_images is None:
+        return None
+    if not Transform(img_size, "image", augment).takes_resized:
+        logger.info("--resized_images: not for Stage 2, whose jitter acts on whole images, but with --augment smooth.")
+    return ResizedImages(machine.resized_images, folder, img_size)
 
 
 def _divide(records: list[Record], settings: Settings) -> tuple[list[Record], list[Record]]:
