@@ -115,6 +115,12 @@ class Settings:
         positive=True,
         added=True,
     )
+    cache_features: bool = _flag(
+        "Stage 1 on features that are kept, in half precision: the image side looks at one view of each image, once a "
+        "loop; in memory, or in the run's folder where they need more than half of what is free",
+        False,
+        added=True,
+    )
     stage1_levels: str = _flag(
         "levels that train Stage 1: the last, as the published code, or the sum of all, as the paper",
         "all",

@@ -1,5 +1,6 @@
 """The steps of a stage: batches, cut into what each process takes and what goes through the model at once."""
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -8,15 +9,16 @@ import torch
 
 from dataset.loading import AnomalyDataset, Batch, SeededSampler, make_loader
 from dataset.records import Record
-from forward_utils_cross_attention import Part
+from forward_utils_cross_attention import Part, Sight
 from utils import processes
 
 
 class Piece(NamedTuple):
-    """What goes through the model at once, and what part of the step's batch it is."""
+    """What goes through the model at once, which part of a batch it is, and, where it was seen before, its `sight`."""
 
     batch: Batch
     part: Part
+    sight: Sight | None = None
 
 
 class Step(NamedTuple):
@@ -49,7 +51,13 @@ class Steps:
         take = partial(_own_pieces, pieces=pieces)
         self.loader = make_loader(dataset, batch_size, num_workers, sampler, device, take)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Step]:
+        """The steps of an epoch but for the first `skip`."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(number, skip * self.batch_size)
         order = [index for index, _ in self.sampler] if self.sampler is not None else range(len(self.dataset))
         batches = iter(self.loader)
         for start in range(0, len(order), self.batch_size):

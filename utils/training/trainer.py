@@ -17,7 +17,17 @@ from dataset.files import write_text
 from dataset.loading import Batch, SeededSampler
 from dataset.records import Record, write_records
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, Part, PromptBank, encode, encode_stage1, stage1_loss, stage2_loss
+from forward_utils_cross_attention import (
+    ClassText,
+    Part,
+    PromptBank,
+    Sight,
+    encode,
+    encode_sight,
+    see_stage1,
+    stage1_loss,
+    stage2_loss,
+)
 from model.adapter_cross_attention import STAGES, CrossAttentionCLIP
 from utils import checkpoints, processes
 from utils.errors import TrainingError, TrainingStoppedError
@@ -26,6 +36,7 @@ from utils.logs import log_to_file, progress
 from utils.signals import StopSignal
 from utils.training.calibrate import calibrate
 from utils.training.data import TrainingData
+from utils.training.features import SeenSteps, choose_place
 from utils.training.folder import check_unchanged, locked
 from utils.training.guard import guarded
 from utils.training.log import TrainingLog
@@ -96,6 +107,9 @@ class Trainer:
         self.log = TrainingLog(plan, open_board)
         self.stop = StopSignal()
         self.pieces = pieces
+        self.features_place = (
+            choose_place(model, len(data.train), self.folder) if self.settings.cache_features else None
+        )
         self.fetch_steps = FETCH_STEPS if self.device.type == "cuda" else 1
         self._state = state
         self._saved_at = time.monotonic()
@@ -198,15 +212,20 @@ class Trainer:
         dataset = self.data.images(self.data.train, self._transform(name))
         sampler = SeededSampler(len(dataset), (self.settings.seed, stage.loop, STAGES.index(name)))
         pieces = self.pieces if name == "image" else 1
-        steps = Steps(dataset, stage.batch_size, self.num_workers, self.device, sampler, pieces)
+        drawn = Steps(dataset, stage.batch_size, self.num_workers, self.device, sampler, pieces)
+        steps: Steps | SeenSteps = drawn
         losses = processes.with_mean_gradients(Losses(self), all(record.has_mask for record in self.data.train))
         per_epoch = self.steps_per_epoch(stage)
         title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
         done = self.position.epoch * per_epoch + self.position.step
-        with progress(total=stage.epochs * per_epoch, initial=done, desc=title, unit="step") as bar:
+        with ExitStack() as stack:
+            if name == "text" and self.settings.cache_features:
+                see = partial(self.see, stage, text=text)
+                steps = SeenSteps(drawn, see, self.features_place, title, sampler.key)
+                stack.callback(steps.close)
+            bar = stack.enter_context(progress(total=stage.epochs * per_epoch, initial=done, desc=title, unit="step"))
             while self.position.epoch < stage.epochs:
                 bar.set_description(f"{title} epoch {self.position.epoch + 1}/{stage.epochs}", refresh=False)
-                sampler.set_epoch(self.position.epoch, skip=self.position.step * stage.batch_size)
                 self.run_epoch(stage, steps, losses, self._optimizer, text, bar)
         self.optimizer_states[name], self._optimizer = self._optimizer.state_dict(), None
         self.model.open_gates(stage.name, 1)
@@ -214,14 +233,20 @@ class Trainer:
         self.log.stage(stage, model.trainable(), masks)
 
     def run_epoch(
-        self, stage: Stage, steps: Steps, losses: nn.Module, optimizer: torch.optim.Adam, text: ClassText, bar: tqdm
+        self,
+        stage: Stage,
+        steps: Steps | SeenSteps,
+        losses: nn.Module,
+        optimizer: torch.optim.Adam,
+        text: ClassText,
+        bar: tqdm,
     ) -> None:
         """Train what is left of the current epoch, log it and save the state."""
         started, per_epoch = time.monotonic(), self.steps_per_epoch(stage)
         in_all, before = stage.epochs * per_epoch, self.position.epoch * per_epoch
         # Where the epoch's steps are all done, its row still has the rates of the last one.
         rates = set_learning_rates(optimizer, stage, self.settings, before + per_epoch - 1, in_all)
-        for step in steps:
+        for step in steps.epoch(self.position.epoch, self.position.step):
             rates = set_learning_rates(optimizer, stage, self.settings, before + self.position.step, in_all)
             # In loop 1 from closed, where the model is the base.
             self.model.open_gates(stage.name, (before + self.position.step) / in_all if stage.loop == 1 else 1)
@@ -268,11 +293,11 @@ class Trainer:
     def _backward(self, stage: Stage, step: Step, losses: nn.Module, text: ClassText) -> dict[str, Tensor]:
         """Gradients of a step's loss; this process's part of its measures."""
         own: dict[str, Tensor] = {}
-        for number, (batch, part) in enumerate(step.pieces, start=1):
+        for number, (batch, part, sight) in enumerate(step.pieces, start=1):
             ahead = isinstance(losses, DistributedDataParallel) and number < len(step.pieces)
             with cast(DistributedDataParallel, losses).no_sync() if ahead else nullcontext():
                 with added_terms(self.model) as added:
-                    loss, terms = losses(stage, batch, text, part, step.lengths)
+                    loss, terms = losses(stage, batch, text, part, step.lengths, sight)
                 # Of the gradients, the mean over the processes is taken, of losses that add up.
                 (processes.count() * loss).backward()
             counts = bool(part.images)
@@ -314,32 +339,60 @@ class Trainer:
         return to_floats(steps, over_all)
 
     def losses(
-        self, stage: Stage, batch: Batch, text: ClassText, part: Part, lengths: list[int]
+        self,
+        stage: Stage,
+        batch: Batch,
+        text: ClassText,
+        part: Part,
+        lengths: list[int],
+        sight: Sight | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the stage on a part of a batch, and its terms without gradient; `lengths` are those of all parts."""
-        settings, model = self.settings, self.model
-        images, class_names = batch["image"].to(self.device, non_blocking=True), batch["class_name"]
-        other = batch.get("other")
+        """Loss of the stage on a part of a batch, and its terms without gradient; `lengths` are those of all parts.
+
+        `sight` is what Stage 1 saw of it, where that is kept.
+        """
+        settings, model, class_names = self.settings, self.model, batch["class_name"]
         target = {
             "mask": batch["mask"].to(self.device, non_blocking=True),
             "label": batch["label"].to(self.device, non_blocking=True),
             "has_mask": batch["has_mask"],
         }
         if stage.features is not None:  # Stage 1, which looks at something
-            across_batch = settings.vv_attention == "batch"
-            encoding = encode_stage1(
-                *(model, images, class_names, text, stage.features, self.vv_start, across_batch, settings.precision),
-                *(other, partial(processes.joined_rows, lengths=lengths)),
-            )
+            sight = self.see(stage, batch, lengths, text) if sight is None else self._on_device(sight)
+            encoding = encode_sight(model, sight, class_names, text, settings.precision)
             levels, norm_weight = settings.stage1_levels, settings.text_norm_weight
             loss, terms = stage1_loss(encoding, model.backbone.scale, target, levels, norm_weight, part)
         else:
-            encoding = encode(model, images, class_names, text, settings.precision, other=other)
+            images = batch["image"].to(self.device, non_blocking=True)
+            encoding = encode(model, images, class_names, text, settings.precision, other=batch.get("other"))
             loss, terms = stage2_loss(encoding, model.backbone.scale, target, settings.det_temperature, part)
         anchors = encoding.anchors
         # 0 where the normal and the abnormal anchor are one, 1 where they are orthogonal.
         terms["anchor_separation"] = part.images * (1 - (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean())
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def see(self, stage: Stage, batch: Batch, lengths: list[int], text: ClassText) -> Sight:
+        """What Stage 1 sees of a part of a batch; `lengths` as in `losses`."""
+        images = batch["image"].to(self.device, non_blocking=True)
+        return see_stage1(
+            self.model,
+            images,
+            batch["class_name"],
+            text,
+            str(stage.features),
+            self.vv_start,
+            self.settings.vv_attention == "batch",
+            self.settings.precision,
+            batch.get("other"),
+            partial(processes.joined_rows, lengths=lengths),
+        )
+
+    def _on_device(self, sight: Sight) -> Sight:
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+        patches = [level.to(self.device, non_blocking=True) for level in sight.patches]
+        return Sight(patches, there(sight.context), there(sight.neighbours))
 
     @torch.no_grad()
     def validate(self, stage: Stage, text: ClassText) -> dict[str, float]:
@@ -347,11 +400,10 @@ class Trainer:
         means = Means()
         dataset = self.data.images(self.data.held_out, self._transform(None))
         steps = Steps(dataset, stage.batch_size, self.num_workers, self.device)
-        in_all = math.ceil(len(dataset) / stage.batch_size)
-        for step in progress(steps, desc="held out", leave=False, total=in_all):
+        for step in progress(steps.epoch(), desc="held out", leave=False, total=len(steps)):
             own: dict[str, Tensor] = {}
-            for batch, part in step.pieces:
-                loss, terms = self.losses(stage, batch, text, part, step.lengths)
+            for batch, part, sight in step.pieces:
+                loss, terms = self.losses(stage, batch, text, part, step.lengths, sight)
                 add_up(own, {"loss": loss, **terms})
             (values,) = self._summed([own])
             therefore = "these images are held out, the epoch before is not saved as done"
