@@ -419,6 +419,7 @@ def test_out_of_memory_says_what_to_do(scripts, base, tmp_path, monkeypatch, cap
     assert scripts(*command) == 1
     message = capsys.readouterr().err
     assert "--text_batch_size 4, --img_size 64" in message and "smaller --text_batch_size" in message
+    assert "with --grad_checkpointing" in message
 
 
 def test_order_and_augmentation_depend_on_the_seed_alone(data_root):

@@ -455,7 +455,9 @@ class Trainer:
         """Where the run is, what it needs memory for, and what to try instead."""
         flag, size = f"--{self.position.stage}_batch_size", self.model.backbone.img_size
         batch = getattr(self.settings, f"{self.position.stage}_batch_size")
+        less = "Give the same command again with --grad_checkpointing. If that does not fit:\n"
+        first = "" if self.model.backbone.recompute else less
         return (
             f"{self.position}. Tried: {flag} {batch}, --img_size {size}, --precision {self.settings.precision} "
-            f"on {self.device}.\nStart again in a new --save_path with a smaller {flag}"
+            f"on {self.device}.\n{first}Start again in a new --save_path with a smaller {flag}"
         )
