@@ -63,6 +63,7 @@ def arguments_of(**changes) -> Namespace:
     given = {"name": "x", "resume": None, "base_recipe": Path("a.args"), "recipe": Path("b.args"), "jobs": 2}
     given |= {"dataset": ["mvtec_ad"], "variants": [CONTROL, DEFAULT], "data_root": "d", "train_dataset": "parts"}
     given |= {"clip_weights": None, "device": "cpu", "num_workers": None, "precision": None, "tf32": False}
+    given["resized_images"] = None
     return Namespace(**given | {"domain": "medical", "class_name": None} | changes)
 
 

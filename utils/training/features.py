@@ -57,7 +57,7 @@ def choose_place(model: CrossAttentionCLIP, images: int, folder: Path) -> Path |
     memory = psutil.virtual_memory().available
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     disk = shutil.disk_usage(nearest).free
-    words = f"--cache_features: {size / 1e9:.2f} GB of features of {images} images"
+    words = f"--cache_features: {size / 1e9:.3g} GB of features of {images} images"
     if here <= memory / 2:
         logger.info("%s, in memory, of which %.1f GB are free.", words, memory / 1e9)
         return None

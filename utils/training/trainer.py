@@ -107,9 +107,8 @@ class Trainer:
         self.log = TrainingLog(plan, open_board)
         self.stop = StopSignal()
         self.pieces = pieces
-        self.features_place = (
-            choose_place(model, len(data.train), self.folder) if self.settings.cache_features else None
-        )
+        keeps = self.settings.cache_features
+        self.features_place = choose_place(model, len(data.train), self.folder) if keeps else None
         self.fetch_steps = FETCH_STEPS if self.device.type == "cuda" else 1
         self._state = state
         self._saved_at = time.monotonic()
