@@ -62,8 +62,9 @@ class PromptBank:
         ids = backbone.tokenize(texts)
         per_class = (len(descriptions), -1)
         tokens = backbone.first_text_block(ids).unflatten(0, per_class)
-        self.prompts = Prompts(tokens, ids.argmax(dim=-1).unflatten(0, per_class))
-        self.lengths = (self.prompts.eot.amax(dim=1) + 1).tolist()
+        eot = ids.argmax(dim=-1).unflatten(0, per_class)
+        self.lengths, self.totals = (eot.amax(dim=1) + 1).tolist(), (eot + 1).sum(dim=1).tolist()
+        self.prompts = Prompts(tokens, eot, max(self.totals))
 
     def check_words(self, backbone: Backbone) -> None:
         """Warn of words that the backbone was never trained on."""
@@ -78,7 +79,8 @@ class PromptBank:
     def select(self, prompts: Prompts, numbers: list[int]) -> Prompts:
         """Of `prompts` of all classes those of `numbers`, cropped to the longest among them."""
         length = max(self.lengths[number] for number in numbers)
-        return Prompts(prompts.tokens[numbers, :, :length], prompts.eot[numbers])
+        most = max(self.totals[number] for number in numbers)
+        return Prompts(prompts.tokens[numbers, :, :length], prompts.eot[numbers], most)
 
 
 class ClassText:

@@ -198,7 +198,7 @@ def encode_text(backbone: Backbone, texts: list[str]) -> Tensor:
     """Normalised text features [N, E], with gradient."""
     ids = backbone.tokenize(texts)
     x = backbone.clip.token_embedding(ids) + backbone.clip.positional_embedding[: ids.shape[1]]
-    x = backbone.end_of_text(backbone.run_text_blocks(x), ids.argmax(dim=-1))
+    x = backbone.end_of_text(backbone.run_text_blocks(x), ids.argmax(dim=-1, keepdim=True)).squeeze(1)
     return F.normalize(x @ backbone.clip.text_projection, dim=-1)
 
 

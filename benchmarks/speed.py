@@ -21,8 +21,9 @@ from forward_utils_cross_attention import (
     PromptBank,
     autocast,
     encode,
-    encode_stage1,
+    encode_sight,
     predict,
+    see_stage1,
     stage1_loss,
     stage2_loss,
 )
@@ -76,21 +77,28 @@ class Calls:
             self.backbone.clip.encode_image(self.images)
 
     def step(
-        self, model: CrossAttentionCLIP, stage: str, looks_at: str = "", levels: str = "all"
+        self, model: CrossAttentionCLIP, stage: str, looks_at: str = "", levels: str = "all", kept: bool = False
     ) -> Callable[[], None]:
-        """A training step of "text", which looks at features and trains on `levels`, or of "image"."""
+        """A training step of "text", which looks at features and trains on `levels`, or of "image".
+
+        `kept`: the features were seen before the call, and come in half precision.
+        """
         # As in training, one for all steps of a stage.
         model.set_stage(stage)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         text = ClassText(model, self.bank, fixed=stage == "image")
         images, classes, batch, precision = self.images, self.classes, self.batch, self.precision
-        vv_start, scale = self.backbone.default_vv_start, self.backbone.scale
+        scale = self.backbone.scale
+        how = images, classes, text, looks_at, self.backbone.default_vv_start, True, precision
+        sight = see_stage1(model, *how) if kept else None
+        if sight is not None:
+            sight = sight._replace(patches=[level.half() for level in sight.patches])
 
         def run() -> None:
             model.set_stage(stage)
             optimizer.zero_grad(set_to_none=True)
             if looks_at:
-                encoding = encode_stage1(model, images, classes, text, looks_at, vv_start, True, precision)
+                encoding = encode_sight(model, sight or see_stage1(model, *how), classes, text, precision)
                 loss, _ = stage1_loss(encoding, scale, batch, levels, 0.1)
             else:
                 loss, _ = stage2_loss(encode(model, images, classes, text, precision), scale, batch, 1)
@@ -122,6 +130,7 @@ def cases(
         "evaluation, both cross-attentions": calls.evaluation(both),
         "Stage 1 step, loop 1": calls.step(both, "text", "frozen"),
         "Stage 1 step, later loops": calls.step(both, "text", "adapted"),
+        "Stage 1 step, kept features": calls.step(both, "text", "frozen", kept=True),
         "Stage 2 step": calls.step(both, "image"),
     }
 

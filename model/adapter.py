@@ -18,10 +18,32 @@ LEAK = 0.01
 
 
 class Prompts(NamedTuple):
-    """Prompts after the frozen text block 0: `tokens` [N, P, L, D] and EOT positions `eot` [N, P]."""
+    """Prompts after the frozen text block 0: `tokens` [N, P, L, D] and EOT positions `eot` [N, P].
+
+    `most`: tokens up to the EOT in the set that has most of them, M below.
+    """
 
     tokens: Tensor
     eot: Tensor
+    most: int
+
+    @property
+    def is_token(self) -> Tensor:
+        """Where tokens are, [N, P, L]: what follows a prompt's EOT is padding."""
+        return torch.arange(self.tokens.shape[2], device=self.eot.device) <= self.eot.unsqueeze(-1)
+
+    def pack(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N, P, L, D] of these prompts without padding, each set of prompts as one sequence [N, M, D].
+
+        And where in it each prompt's EOT is, [N, P], and the causal mask [N, 1, M, M], added to the scores, that keeps
+        the prompts of a set apart. A set with fewer tokens than M ends with some of its padding.
+        """
+        places = (~self.is_token.flatten(1)).byte().argsort(dim=1, stable=True)[:, : self.most]
+        prompt, position = places // self.tokens.shape[2], places % self.tokens.shape[2]
+        seen = (prompt.unsqueeze(2) == prompt.unsqueeze(1)) & (position.unsqueeze(2) >= position.unsqueeze(1))
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, float("-inf")).unsqueeze(1)
+        packed = x.flatten(1, 2).gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return packed, (self.eot + 1).cumsum(dim=1) - 1, mask
 
 
 class TextContext(NamedTuple):
@@ -32,10 +54,8 @@ class TextContext(NamedTuple):
 
     @classmethod
     def join(cls, prompts: Prompts) -> "TextContext":
-        """All tokens of each set of prompts as one sequence; what follows a prompt's EOT is padding."""
-        positions = torch.arange(prompts.tokens.shape[2], device=prompts.eot.device)
-        mask = positions <= prompts.eot.unsqueeze(-1)
-        return cls(prompts.tokens.flatten(1, 2), mask.flatten(1))
+        """All tokens of each set of prompts as one sequence, with padding."""
+        return cls(prompts.tokens.flatten(1, 2), prompts.is_token.flatten(1))
 
 
 class VisualFeatures(NamedTuple):
@@ -174,14 +194,11 @@ class AdaptedCLIP(nn.Module):
 
     def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:
         """The text forward: prompts after block 0 -> embeddings [N, P, E], not normalised."""
-        x = self.after_text_block(0, prompts.tokens, image_context)
+        x, ends, mask = prompts.pack(self.after_text_block(0, prompts.tokens, image_context))
         x = self.backbone.run_text_blocks(
-            x.flatten(0, 1),
-            start=1,
-            after_block=lambda index, tokens: self.after_text_block(index, tokens, image_context),
+            x, mask, start=1, after_block=lambda index, tokens: self.after_text_block(index, tokens, image_context)
         )
-        x = self.backbone.end_of_text(x, prompts.eot.flatten())
-        return self.text_adapter[-1](x).unflatten(0, prompts.eot.shape)
+        return self.text_adapter[-1](self.backbone.end_of_text(x, ends))
 
     def after_text_block(self, index: int, x: Tensor, image_context: Tensor | None) -> Tensor:
         """What follows text block `index`: its adapter, where it has one. After block 0, `x` is [N, P, L, D]."""
@@ -195,4 +212,4 @@ class AdaptedCLIP(nn.Module):
     @torch.no_grad()
     def context_prompts(self, prompts: Prompts) -> Prompts:
         """The prompts after block 0 and its adapter, without any image in them: the text context, prompt by prompt."""
-        return Prompts(self.adapt_text(0, prompts.tokens), prompts.eot)
+        return prompts._replace(tokens=self.adapt_text(0, prompts.tokens))

@@ -81,7 +81,8 @@ def default_adapters(config: dict) -> dict[str, int]:
 
 
 def self_attention(attention: nn.MultiheadAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Multi-head self-attention of `x` [B, T, W] with CLIP's own weights; `mask` [T, T] is added to the scores.
+    """Multi-head self-attention of `x` [B, T, W] with CLIP's own weights; `mask` [T, T], or one for each of the batch,
+    [B, 1, T, T], is added to the scores.
 
     The projections are called directly: `nn.MultiheadAttention` takes another path where gradients are off, so
     its results differ between grad modes, and it computes gradients of frozen weights' inputs more slowly.
@@ -286,21 +287,25 @@ class Backbone(nn.Module):
     def run_text_blocks(
         self,
         x: Tensor,
+        mask: Tensor | None = None,
         start: int = 0,
         stop: int | None = None,
         after_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Tokens [N, L, D] through the text blocks `start` to `stop` (not included) under the causal mask."""
-        mask = self.causal_mask(x.shape[1])
+        """Tokens [N, L, D] through the text blocks `start` to `stop` (not included).
+
+        `mask` [L, L] or [N, 1, L, L] is added to the scores; without it CLIP's causal one.
+        """
+        added = self.causal_mask(x.shape[1]) if mask is None else mask
 
         def attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
-            return self_attention(attention, x, mask)
+            return self_attention(attention, x, added)
 
         return run_blocks(self.text_blocks, x, attend, start, stop, after_block, recompute=self.recompute)[0]
 
     def end_of_text(self, x: Tensor, eot: Tensor) -> Tensor:
-        """Tokens [N, L, D] after the last block, EOT positions [N] -> `ln_final` at the EOT token, [N, D]."""
-        return self.clip.ln_final(x[torch.arange(len(x), device=x.device), eot])
+        """Tokens [N, L, D] after the last block, EOT positions [N, P] -> `ln_final` at the EOT tokens, [N, P, D]."""
+        return self.clip.ln_final(x.gather(1, eot.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
 
 
 def load_backbone(

@@ -230,7 +230,8 @@ def test_walk_equals_open_clip(backbone):
         ids = backbone.tokenize(PROMPTS)
         assert ids.shape[1] < full.shape[1]
         x = backbone.run_text_blocks(backbone.first_text_block(ids), start=1)
-        found = backbone.end_of_text(x, ids.argmax(dim=-1)) @ backbone.clip.text_projection
+        ends = ids.argmax(dim=-1, keepdim=True)
+        found = backbone.end_of_text(x, ends).squeeze(1) @ backbone.clip.text_projection
     assert torch.allclose(found, expected, atol=1e-5)
 
 

@@ -108,7 +108,9 @@ def test_plain_text(run):
     backbone = run.model.backbone
     ids = backbone.tokenize(["a photo of a candle.", "a damaged candle."])
     x = backbone.run_text_blocks(backbone.first_text_block(ids), start=1)
-    assert_equal(backbone.end_of_text(x, ids.argmax(dim=-1)) @ backbone.clip.text_projection, GOLDEN["plain_text"])
+    ends = ids.argmax(dim=-1, keepdim=True)
+    found = backbone.end_of_text(x, ends).squeeze(1) @ backbone.clip.text_projection
+    assert_equal(found, GOLDEN["plain_text"])
 
 
 def test_anchors(run):

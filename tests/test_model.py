@@ -21,7 +21,7 @@ from forward_utils_cross_attention import (
     stage1_loss,
     stage2_loss,
 )
-from model.adapter import Prompts, SimpleAdapter, SimpleProj, TextContext
+from model.adapter import SimpleAdapter, SimpleProj, TextContext
 from model.adapter_cross_attention import NEIGHBOURS, PLACEMENTS, NeighbourCrossAttention, new_extension
 from tests.conftest import make_model, move_cross_attention
 from utils.training.measures import added_terms
@@ -170,7 +170,7 @@ def test_padding_is_not_attended_to(backbone):
     move_cross_attention(model)
     bank = PromptBank(backbone, DESCRIPTIONS, "industrial")
     prompts = bank.select(bank.prompts, bank.numbers(["candle"]))
-    padded = Prompts(torch.nn.functional.pad(prompts.tokens, (0, 0, 0, 9), value=7.0), prompts.eot)
+    padded = prompts._replace(tokens=torch.nn.functional.pad(prompts.tokens, (0, 0, 0, 9), value=7.0))
     images = standin_images(1, 64)
     with torch.no_grad():
         found = [model.visual(images, TextContext.join(model.context_prompts(p))) for p in (prompts, padded)]
