@@ -303,25 +303,6 @@ def encode_sight(
     return Encoding(sight.patches, anchors, model.cosines(sight.patches, anchors, sight.neighbours), None)
 
 
-def encode_stage1(
-    model: CrossAttentionCLIP,
-    images: Tensor,
-    class_names: list[str],
-    text: ClassText,
-    features: str,
-    vv_start: int,
-    vv_across_batch: bool,
-    precision: str = "fp32",
-    other: Tensor | None = None,
-    of_batch: Callable[[Tensor], Tensor] = itself,
-) -> Encoding:
-    """Images [B, 3, S, S] and their classes -> what Stage 1's losses are made of; the rest as in `see_stage1`."""
-    sight = see_stage1(
-        model, images, class_names, text, features, vv_start, vv_across_batch, precision, other, of_batch
-    )
-    return encode_sight(model, sight, class_names, text, precision)
-
-
 def on_grid(cosines: Tensor) -> Tensor:
     """Of one level, [B, N, 2] -> on the square patch grid, [B, 2, h, w]."""
     return cosines.transpose(1, 2).unflatten(2, (int(cosines.shape[1] ** 0.5), -1))

@@ -73,7 +73,8 @@ def main() -> None:
     args = parse_arguments()
     plan = make_plan(args)
     if args.dry_run:
-        show(describe_plan(plan), "", describe_estimates(plan, args.device_tflops))
+        how = args.device_tflops, args.grad_checkpointing, args.accumulate
+        show(describe_plan(plan), "", describe_estimates(plan, *how))
         return
     trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard, args.accumulate)
     if trainer is None:

@@ -188,7 +188,8 @@ def main() -> None:
     checkpoint = load_start(args)
     plan = make_plan(args, checkpoint)
     if checkpoint is None or args.dry_run:
-        show(describe_plan(plan), "", describe_estimates(plan, args.device_tflops))
+        how = args.device_tflops, args.grad_checkpointing, args.accumulate
+        show(describe_plan(plan), "", describe_estimates(plan, *how))
         return
     machine = arguments.machine_of(args)
     trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard, args.accumulate)

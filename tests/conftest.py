@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forward_utils_cross_attention import ClassText, Encoding, encode_sight, see_stage1
 from model.adapter_cross_attention import CrossAttentionCLIP, Gated, ModelConfig
 from model.backbone import Backbone, load_backbone
 from utils import checkpoints
@@ -60,6 +61,22 @@ def make_model(backbone: Backbone, seed: int = 0, **config) -> CrossAttentionCLI
     torch.manual_seed(seed)
     chosen = {"text_adapt_until": 3, "image_adapt_until": 3} | config
     return CrossAttentionCLIP(backbone, ModelConfig(backbone.model_name, backbone.img_size, **chosen))
+
+
+def encode_stage1(
+    model: CrossAttentionCLIP,
+    images: torch.Tensor,
+    classes: list[str],
+    text: ClassText,
+    features: str,
+    vv_start: int,
+    vv_across_batch: bool,
+    precision: str = "fp32",
+    other: torch.Tensor | None = None,
+) -> Encoding:
+    """What Stage 1's losses are made of, from images; the rest as in `see_stage1`."""
+    sight = see_stage1(model, images, classes, text, features, vv_start, vv_across_batch, precision, other)
+    return encode_sight(model, sight, classes, text, precision)
 
 
 def move_cross_attention(model: CrossAttentionCLIP) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from torch.distributed import run as torchrun
 
 from model.weights import REPOSITORY
 from tests.conftest import Scripts, write_small_dataset
@@ -59,7 +60,15 @@ def commands_of(page: Path) -> list[list[str]]:
         if block.language not in ("python", "text")
         for line in block.text.replace("\\\n", " ").splitlines()
     ]
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python3?|make|pip) ", line)]
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r"(python3?|make|pip|torchrun) ", line)]
+    return [without_torchrun(words) for words in found]
+
+
+def without_torchrun(words: list[str]) -> list[str]:
+    """What torchrun would start in each process."""
+    if words[0] != "torchrun":
+        return words
+    return ["python", *words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]]
 
 
 def has_python(page: Path) -> bool:
@@ -195,6 +204,7 @@ def test_all_flags_exist(monkeypatch, capsys):
     tools = {tuple(words[1:3] if words[1] == "-m" else words[1:2]) for words in OF_TOOLS.values()}
     commands = [["python", f"{script}.py"] for script in SCRIPTS] + [["python", *words] for words in tools]
     known = {flag for words in commands for flag in re.findall(r"--\w+", help_of(words, monkeypatch, capsys))}
+    known |= set(re.findall(r"--\w+", torchrun.get_args_parser().format_help()))
     for page in PAGES:
         named = {flag for block in code_of(page) for flag in re.findall(r"(?<![\w-])--\w+", block.text)}
         # Of ruff; the rest is this program's.

@@ -18,13 +18,13 @@ from forward_utils_cross_attention import (
     PromptBank,
     anomaly_map,
     encode,
-    encode_stage1,
     frozen_patches,
     predict,
     stage1_loss,
     stage2_loss,
 )
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from tests.conftest import encode_stage1
 
 pytestmark = pytest.mark.vit_l
 

@@ -12,7 +12,6 @@ from forward_utils_cross_attention import (
     Encoding,
     PromptBank,
     encode,
-    encode_stage1,
     image_context,
     known_patches,
     make_anchors,
@@ -23,7 +22,7 @@ from forward_utils_cross_attention import (
 )
 from model.adapter import SimpleAdapter, SimpleProj, TextContext
 from model.adapter_cross_attention import NEIGHBOURS, PLACEMENTS, NeighbourCrossAttention, new_extension
-from tests.conftest import make_model, move_cross_attention
+from tests.conftest import encode_stage1, make_model, move_cross_attention
 from utils.training.measures import added_terms
 
 DESCRIPTIONS = {"nut": "metal nut which has four notched edges", "candle": "candle", "tile": "speckled tile surface"}

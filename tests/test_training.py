@@ -12,9 +12,18 @@ import torch
 
 from dataset.loading import AnomalyDataset, SeededSampler, make_loader
 from dataset.transforms import Transform
-from forward_utils_cross_attention import ClassText, PromptBank, encode, encode_stage1, segmentation_terms, stage1_loss
+from forward_utils_cross_attention import ClassText, PromptBank, encode, segmentation_terms, stage1_loss
 from model.adapter_cross_attention import MODULES, STAGE_MODULES
-from tests.conftest import EPOCHS, SMALL, Scripts, assert_same_tensors, make_model, tensors, write_small_dataset
+from tests.conftest import (
+    EPOCHS,
+    SMALL,
+    Scripts,
+    assert_same_tensors,
+    encode_stage1,
+    make_model,
+    tensors,
+    write_small_dataset,
+)
 from utils import checkpoints
 from utils.machine import Machine
 from utils.settings import Settings

@@ -16,15 +16,18 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from forward_utils_cross_attention import (
     ClassText,
     PromptBank,
+    Sight,
     autocast,
     encode,
-    encode_stage1,
+    encode_sight,
     predict,
+    see_stage1,
     stage1_loss,
     stage2_loss,
 )
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, empty_backbone
+from utils.processes import bounds
 from utils.settings import Settings
 from utils.training.optimizer import make_optimizer
 from utils.training.plan import Plan, Stage, vv_start
@@ -114,14 +117,15 @@ class _Bank(PromptBank):
 class Rehearsal:
     """Training steps and evaluation of a model of `config` that has no values, as `settings` have them.
 
-    Raises ValueError where the model is too small for `settings`.
+    `recompute` as in `Backbone`, `pieces` as in `Trainer`. Raises ValueError where the model is too small for these.
     """
 
-    def __init__(self, config: ModelConfig, settings: Settings):
-        self.settings, self.meter = settings, Meter()
+    def __init__(self, config: ModelConfig, settings: Settings, recompute: bool = False, pieces: int = 1):
+        self.settings, self.pieces, self.meter = settings, pieces, Meter()
         with self.meter:
             backbone = empty_backbone(config.model_name, config.img_size, config.quick_gelu, "cpu")
             self.model = CrossAttentionCLIP(backbone, config)
+        backbone.recompute = recompute
         self.weights = self.meter.live
         self.vv_start = vv_start(settings, backbone)
 
@@ -135,15 +139,23 @@ class Rehearsal:
         text = ClassText(model, bank, fixed)
         self._compute_fixed(text, classes)
         optimizer = self._optimizer(stage) if stage else None
-        batch = self._batch(batch_size)
-        before, flops, meter.peak = meter.live, meter.flops, meter.live
-        result = self._forward(stage, batch, classes, text)
-        kept = meter.live - before
+        pieces = min(self.pieces, batch_size) if stage and stage.name == "image" else 1
+        batches = [self._batch(last - first) for first, last in (bounds(batch_size, n, pieces) for n in range(pieces))]
+        sight = self._see(stage, batches[0], classes, text) if stage and self._keeps(stage) else None
+        before, flops, meter.peak, kept = meter.live, meter.flops, meter.live, 0
+        for batch in batches:
+            result = self._forward(stage, batch, classes[: len(batch["image"])], text, sight)
+            kept = max(kept, meter.live - before)
+            if optimizer:
+                result.backward()
+            del result
         if optimizer:
-            result.backward()
             optimizer.step()
             optimizer.zero_grad()
         return Cost(meter.flops - flops, self.weights, kept, meter.peak)
+
+    def _keeps(self, stage: Stage) -> bool:
+        return self.settings.cache_features and stage.features is not None
 
     def _batch(self, size: int) -> dict[str, Tensor]:
         side = self.model.backbone.img_size
@@ -168,7 +180,21 @@ class Rehearsal:
         optimizer.zero_grad()
         return optimizer
 
-    def _forward(self, stage: Stage | None, batch: dict[str, Tensor], classes: list[str], text: ClassText) -> Any:
+    def _see(self, stage: Stage, batch: dict[str, Tensor], classes: list[str], text: ClassText) -> Sight:
+        """What Stage 1 sees."""
+        settings, images = self.settings, batch["image"]
+        other = images if self.model.sees_another_image else None
+        how = str(stage.features), self.vv_start, settings.vv_attention == "batch", settings.precision
+        return see_stage1(self.model, images, classes, text, *how, other)
+
+    def _forward(
+        self,
+        stage: Stage | None,
+        batch: dict[str, Tensor],
+        classes: list[str],
+        text: ClassText,
+        sight: Sight | None,
+    ) -> Any:
         """The loss of a stage, the prediction of evaluation."""
         model, settings, images = self.model, self.settings, batch["image"]
         precision, scale = settings.precision, model.backbone.scale
@@ -178,10 +204,7 @@ class Rehearsal:
         if stage.features is None:
             encoding = encode(model, images, classes, text, precision, other=other)
             return stage2_loss(encoding, scale, batch, settings.det_temperature)[0]
-        across_batch = settings.vv_attention == "batch"
-        encoding = encode_stage1(
-            model, images, classes, text, stage.features, self.vv_start, across_batch, precision, other
-        )
+        encoding = encode_sight(model, sight or self._see(stage, batch, classes, text), classes, text, precision)
         return stage1_loss(encoding, scale, batch, settings.stage1_levels, settings.text_norm_weight)[0]
 
 
@@ -204,12 +227,13 @@ class Estimate(NamedTuple):
         return max(0, int(((card - RESERVED) * GIB - self.fixed) / self.per_image))
 
 
-def estimates(plan: Plan) -> list[Estimate]:
-    """Of each kind of stage that the plan has, and of evaluation."""
-    rehearsal, found = Rehearsal(plan.config, plan.settings), []
+def estimates(plan: Plan, recompute: bool = False, pieces: int = 1) -> list[Estimate]:
+    """Of each kind of stage that the plan has, and of evaluation; the rest as in `Rehearsal`."""
+    rehearsal, found = Rehearsal(plan.config, plan.settings, recompute, pieces), []
     kinds: dict[str, Stage | None] = {}
     for stage in plan.stages:
         looks = f", features {stage.features.replace('frozen', 'frozen CLIP')}" if stage.features else ""
+        looks += ", kept" if stage.features and plan.settings.cache_features else ""
         kinds.setdefault(f"{stage.title}{looks}", stage)
     for title, kind in {**kinds, "evaluation": None}.items():
         size = kind.batch_size if kind else EVAL_BATCH
@@ -219,10 +243,13 @@ def estimates(plan: Plan) -> list[Estimate]:
     return found
 
 
-def describe_estimates(plan: Plan, tflops: float | None = None) -> str:
-    """What to expect of a plan, as text; `tflops` is what the device reaches, without it what an H100 did."""
+def describe_estimates(plan: Plan, tflops: float | None = None, recompute: bool = False, pieces: int = 1) -> str:
+    """What to expect of a plan, as text; `tflops` is what the device reaches, without it what an H100 did.
+
+    The rest as in `Rehearsal`.
+    """
     config, precision = plan.config, plan.settings.precision
-    rows, speed = estimates(plan), tflops or MEASURED_TFLOPS[precision]
+    rows, speed = estimates(plan, recompute, pieces), tflops or MEASURED_TFLOPS[precision]
     width = max(len(row.title) for row in rows)
     lines = [
         f"What to expect ({config.model_name}, {config.img_size} px, {precision}; computed, not measured)",

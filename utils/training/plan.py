@@ -22,7 +22,7 @@ def stage_title(name: str) -> str:
 
 
 class Stage(NamedTuple):
-    """One stage of one loop. `features` are what Stage 1 looks at, see `encode_stage1`; Stage 2 has none."""
+    """One stage of one loop. `features` are what Stage 1 looks at, see `see_stage1`; Stage 2 has none."""
 
     loop: int
     name: str
