@@ -114,6 +114,7 @@ def scores_by_class(
                 if processes.is_first():
                     yield name, scores
             bar.update(stop - start)
+        next(predictions, None)  # what comes after the last batch
     emptied = int(processes.total(torch.tensor(emptied)))
     if emptied:
         logger.warning(

@@ -4,6 +4,7 @@ The program's own forward, backward and optimiser step run on tensors that have 
 `FakeTensorMode`). So nothing here repeats what the model does, and a change of the model changes the estimate.
 """
 
+import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -27,7 +28,6 @@ from forward_utils_cross_attention import (
 )
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, empty_backbone
-from utils.processes import bounds
 from utils.settings import Settings
 from utils.training.optimizer import make_optimizer
 from utils.training.plan import Plan, Stage, vv_start
@@ -140,11 +140,12 @@ class Rehearsal:
         self._compute_fixed(text, classes)
         optimizer = self._optimizer(stage) if stage else None
         pieces = min(self.pieces, batch_size) if stage and stage.name == "image" else 1
-        batches = [self._batch(last - first) for first, last in (bounds(batch_size, n, pieces) for n in range(pieces))]
-        sight = self._see(stage, batches[0], classes, text) if stage and self._keeps(stage) else None
+        batch = self._batch(math.ceil(batch_size / pieces))
+        classes = classes[: len(batch["image"])]
+        sight = self._see(stage, batch, classes, text) if stage and self._keeps(stage) else None
         before, flops, meter.peak, kept = meter.live, meter.flops, meter.live, 0
-        for batch in batches:
-            result = self._forward(stage, batch, classes[: len(batch["image"])], text, sight)
+        for _ in range(min(pieces, 2)):  # from the second on, all are as the second
+            result = self._forward(stage, batch, classes, text, sight)
             kept = max(kept, meter.live - before)
             if optimizer:
                 result.backward()
@@ -152,7 +153,8 @@ class Rehearsal:
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
-        return Cost(meter.flops - flops, self.weights, kept, meter.peak)
+        done = len(batch["image"]) * min(pieces, 2)
+        return Cost((meter.flops - flops) * batch_size // done, self.weights, kept, meter.peak)
 
     def _keeps(self, stage: Stage) -> bool:
         return self.settings.cache_features and stage.features is not None
