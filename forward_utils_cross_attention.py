@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from dataset.constants import BLUR, NORMAL_PROMPTS, class_prompts
 from model.adapter import Prompts, TextContext, VisualFeatures
 from model.adapter_cross_attention import CrossAttentionCLIP
-from model.backbone import Backbone, itself
+from model.backbone import Backbone, as_is
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     that needs its gradient (https://github.com/pytorch/pytorch/issues/112583).
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def index_on(device: torch.device, numbers: list[int] | Tensor) -> Tensor:
+    """Numbers as an index there; a GPU's is sent without waiting for what the GPU does."""
+    index = torch.as_tensor(numbers)
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
 
 
 class PromptBank:
@@ -80,7 +86,8 @@ class PromptBank:
         """Of `prompts` of all classes those of `numbers`, cropped to the longest among them."""
         length = max(self.lengths[number] for number in numbers)
         most = max(self.totals[number] for number in numbers)
-        return Prompts(prompts.tokens[numbers, :, :length], prompts.eot[numbers], most)
+        index = index_on(prompts.eot.device, numbers)
+        return Prompts(prompts.tokens[index, :, :length], prompts.eot[index], most)
 
 
 class ClassText:
@@ -114,12 +121,12 @@ class ClassText:
         if not self.fixed:
             present = sorted(set(numbers))
             anchors = make_anchors(self.model.text(self.bank.select(self.bank.prompts, present)))
-            return anchors[[present.index(number) for number in numbers]]
+            return anchors[index_on(anchors.device, [present.index(number) for number in numbers])]
         if self._anchors is None:
             with torch.no_grad():
                 alone = (self.bank.select(self.bank.prompts, [number]) for number in self.bank.index.values())
                 self._anchors = torch.cat([make_anchors(self.model.text(prompts)) for prompts in alone])
-        return self._anchors[numbers]
+        return self._anchors[index_on(self._anchors.device, numbers)]
 
 
 def make_anchors(embeddings: Tensor) -> Tensor:
@@ -253,7 +260,7 @@ def see_stage1(
     vv_across_batch: bool,
     precision: str = "fp32",
     other: Tensor | None = None,
-    of_batch: Callable[[Tensor], Tensor] = itself,
+    of_batch: Callable[[Tensor], Tensor] = as_is,
 ) -> Sight:
     """Images [B, 3, S, S] and their classes -> what Stage 1 sees of them; `other` as in `encode`.
 
@@ -338,7 +345,7 @@ class Part(NamedTuple):
 
     images: float = 1.0
     masks: float = 1.0
-    total: Callable[[Tensor], Tensor] = itself
+    total: Callable[[Tensor], Tensor] = as_is
 
 
 WHOLE = Part()
@@ -355,7 +362,8 @@ def segmentation_terms(cosines: Tensor, scale: Tensor, batch: dict, part: Part =
     rows = batch["has_mask"].nonzero().flatten()
     mask = batch["mask"]
     if len(rows) < len(mask):
-        cosines, mask = cosines[rows], mask[rows]
+        index = index_on(mask.device, rows)
+        cosines, mask = cosines[index], mask[index]
     terms: dict[str, Tensor] = {}
     if not len(rows) and part.masks:
         return terms

@@ -32,7 +32,7 @@ from dataset.images import IMAGE_SUFFIXES, is_image, pages, read_image
 from dataset.layouts import known_good
 from dataset.survey import found_depth, pages_words
 from dataset.words import on_one_line
-from utils import arguments, processes
+from utils import arguments, checkpoints, processes
 from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.errors import FULL
@@ -237,7 +237,8 @@ def bring_together(
     order = {str(path): number for number, path in enumerate(images)}
     parts = processes.for_all((rows, failed))
     rows = sorted((row for own, _ in parts for row in own), key=lambda row: order[row["image"]])
-    return rows, {path: reason for _, own in parts for path, reason in own.items()}
+    found = {path: reason for _, own in parts for path, reason in own.items()}
+    return rows, {path: found[path] for path in images if path in found}
 
 
 def draw(
@@ -282,12 +283,13 @@ def main() -> int:
         check_there(path)
     check_place(args.save_path, "--save_path")
     images = find_images(args.images, args.save_path)
-    arguments.check_same(args, {"images": list(images)})
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     named = args.class_name, args.domain
     detectors = load_detectors(args.ckpt, *named, loader, args.precision, args.bits, args.reduced_jpeg)
     if args.compile:
         compile_models(detector.model for detector in detectors)
+    models = {detector.name: checkpoints.model_sha256(detector.model) for detector in detectors}
+    arguments.check_same(args, {"images": list(map(str, images)), "CLIP weights": loader.backbone.sha256, **models})
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)

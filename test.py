@@ -22,7 +22,7 @@ from dataset.prepare import prepare
 from dataset.records import digest
 from dataset.sets import DataSet, open_all, open_dataset
 from dataset.survey import surveyed, with_bits
-from utils import arguments, processes
+from utils import arguments, checkpoints, processes
 from utils.checkpoints import check_there
 from utils.cli import run_script
 from utils.judging import check_normal_images
@@ -31,7 +31,7 @@ from utils.options import MOST_SEED, add_flag, at_least
 from utils.report.html import Chapter, write_report
 from utils.report.pictures import draw_loops, draw_one, draw_sheets, picture_folder
 from utils.report.tables import notes, text_table, write_json, write_latex, write_results
-from utils.testing.bench import Batching, Bench
+from utils.testing.bench import EVAL_BATCH, Batching, Bench
 from utils.testing.bootstrap import RESAMPLES
 from utils.testing.comparison import Comparison
 from utils.testing.contenders import load_contenders
@@ -71,7 +71,10 @@ def parse_arguments() -> argparse.Namespace:
     add_flag(parser, "reduced_jpeg", bool, arguments.REDUCED_JPEG, False)
     parser.add_argument("--normal_images", type=path_argument, help=arguments.NORMAL_IMAGES)
     parser.add_argument(
-        "--batch_size", type=at_least(1, 65_536), default=8, help="images per forward; results do not depend on it"
+        "--batch_size",
+        type=at_least(1, 65_536),
+        default=EVAL_BATCH,
+        help="images per forward; results do not depend on it",
     )
     parser.add_argument(
         "--resamples", type=at_least(1, 100_000), default=RESAMPLES, help="of the images, for the intervals"
@@ -174,7 +177,6 @@ def main() -> None:
     for path in [*args.ckpt, *args.control]:
         check_there(path)
     data_sets = open_data_sets(args)
-    arguments.check_same(args, {f"images of {data.name}": digest(data.records) for data in data_sets})
     if args.list_images:
         for data in data_sets:
             show(list_images(data, args.class_name))
@@ -189,9 +191,12 @@ def main() -> None:
     for contender in contenders:
         check_place(contender.folder, "--save_path" if args.save_path else "results beside --ckpt (see --save_path):")
     if args.image_idx is None:
-        data_sets = [surveyed(data, args.bits, machine.skip_broken) for data in data_sets]
+        data_sets = processes.once_here(lambda: [surveyed(data, args.bits, machine.skip_broken) for data in data_sets])
     else:  # which leaves all others alone, but for how bright they are
         data_sets = [replace(d, records=with_bits(d.folder, d.records, args.bits)) for d in data_sets]
+    models = {contender.name: checkpoints.model_sha256(contender.model) for contender in contenders}
+    images = {f"images of {data.name}": digest(data.records) for data in data_sets}
+    arguments.check_same(args, {**images, "CLIP weights": loader.backbone.sha256, **models})
     if args.normal_images:
         check_normal_images(contender.model for contender in contenders)
     how = args.precision, args.reduced_jpeg, machine.resized_images

@@ -16,11 +16,11 @@ from pathlib import Path
 from dataset.commands import path_argument, show
 from utils import arguments, checkpoints, processes
 from utils.cli import run_script
-from utils.models import compile_models, resolve_config
+from utils.models import resolve_config
 from utils.settings import add_settings, add_training_arguments, settings_of
 from utils.training.estimate import describe_estimates
 from utils.training.plan import Plan, Stage, describe_plan, plan_stages
-from utils.training.start import start
+from utils.training.start import Around, start
 from utils.training.trainer import Trainer
 
 logger = logging.getLogger("train")
@@ -76,12 +76,9 @@ def main() -> None:
         how = args.device_tflops, args.grad_checkpointing, args.accumulate
         show(describe_plan(plan), "", describe_estimates(plan, *how))
         return
-    trainer = start(plan, None, arguments.machine_of(args), args.cache_images, args.tensorboard, args.accumulate)
+    trainer = start(plan, None, arguments.machine_of(args), Around.of(args))
     if trainer is None:
         return
-    trainer.model.backbone.recompute = args.grad_checkpointing
-    if args.compile:
-        compile_models([trainer.model])
     with trainer.running():
         for stage in trainer.stages():
             save_stage(trainer, stage)

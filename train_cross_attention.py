@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dataset.commands import name_argument, path_argument, show
 from dataset.prepare import prepare
+from dataset.records import digest
 from dataset.sets import DataSet, open_all, result_name
 from dataset.survey import surveyed
 from model.adapter_cross_attention import new_extension
@@ -24,16 +25,16 @@ from utils import arguments, checkpoints, processes
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script
 from utils.machine import Machine
-from utils.models import ModelLoader, compile_models, resolve_config
+from utils.models import ModelLoader, resolve_config
 from utils.options import at_least
 from utils.report.curves import draw_training
 from utils.report.tables import notes, text_table, write_results
 from utils.settings import add_settings, add_training_arguments, settings_of
-from utils.testing.bench import Batching, Bench
+from utils.testing.bench import EVAL_BATCH, Batching, Bench
 from utils.testing.loops import LoopTests
-from utils.training.estimate import EVAL_BATCH, describe_estimates
+from utils.training.estimate import describe_estimates
 from utils.training.plan import Plan, describe_plan, plan_stages
-from utils.training.start import start
+from utils.training.start import Around, start
 from utils.training.trainer import Trainer
 
 logger = logging.getLogger("train_cross_attention")
@@ -123,7 +124,7 @@ def open_eval_sets(names: list[str], machine: Machine) -> list[DataSet]:
             prepare(name, machine.data_root, machine.follow_links)
         links, skip = machine.follow_links, machine.skip_broken
         data_sets = open_all(names, machine.data_root, follow_links=links, skip_broken=skip)
-    return [surveyed(data, None, machine.skip_broken) for data in data_sets]
+    return processes.once_here(lambda: [surveyed(data, None, skip) for data in data_sets])
 
 
 def is_whole(path: Path) -> bool:
@@ -192,18 +193,16 @@ def main() -> None:
         show(describe_plan(plan), "", describe_estimates(plan, *how))
         return
     machine = arguments.machine_of(args)
-    trainer = start(plan, checkpoint, machine, args.cache_images, args.tensorboard, args.accumulate)
+    trainer = start(plan, checkpoint, machine, Around.of(args))
     if trainer is None:
         report_lost(plan.folder, [0, *(stage.loop for stage in plan.stages)])
         return
     report_lost(plan.folder, range(plan.stages[0].loop, trainer.past + 1))
     backbone = trainer.model.backbone
-    backbone.recompute = args.grad_checkpointing
-    if args.compile:
-        compile_models([trainer.model])
     how = plan.settings.precision, plan.settings.reduced_jpeg, machine.resized_images
     batching = Batching(EVAL_BATCH, machine.num_workers, *how)
     data_sets = open_eval_sets(args.eval_dataset, machine)
+    arguments.check_same(args, {f"images of {data.name}": digest(data.records) for data in data_sets})
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
     with trainer.running():

@@ -93,13 +93,13 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor, mask: Tensor | N
     return attention.out_proj(_join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
 
-def itself(x: Tensor) -> Tensor:
-    """What is asked of all processes, where there is one."""
+def as_is(x: Tensor) -> Tensor:
+    """`x`: what the whole batch has, where all of it is here."""
     return x
 
 
 def vv_attention(
-    attention: nn.MultiheadAttention, x: Tensor, across_batch: bool, of_batch: Callable[[Tensor], Tensor] = itself
+    attention: nn.MultiheadAttention, x: Tensor, across_batch: bool, of_batch: Callable[[Tensor], Tensor] = as_is
 ) -> Tensor:
     """softmax(v v^T / sqrt(d)) v per head, d the head's width, on `x` [B, T, W] (AA-CLIP's "surgery").
 
@@ -229,7 +229,7 @@ class Backbone(nn.Module):
         images: Tensor,
         vv_start: int,
         across_batch: bool = True,
-        of_batch: Callable[[Tensor], Tensor] = itself,
+        of_batch: Callable[[Tensor], Tensor] = as_is,
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Tokens at the four levels with V-V attention from block `vv_start` on, and those of CLIP as it is.
 

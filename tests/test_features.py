@@ -22,7 +22,8 @@ def steps_of(trainer: Trainer, place=None) -> tuple[Steps, SeenSteps, dict]:
     stage, text = trainer.plan.stages[0], ClassText(trainer.model, trainer.bank, fixed=False)
     dataset = trainer.data.images(trainer.data.train, trainer._transform("text"))
     drawn = Steps(dataset, stage.batch_size, 0, trainer.device, SeededSampler(len(dataset), (3, 1, 0)))
-    seen = SeenSteps(drawn, lambda batch, lengths: trainer.see(stage, batch, lengths, text), place, "x", (3, 1, 0))
+    seen = SeenSteps(place, (3, 1, 0))
+    seen.fill(drawn, lambda batch, lengths: trainer.see(stage, batch, lengths, text))
     return drawn, seen, {"stage": stage, "text": text}
 
 
@@ -93,8 +94,10 @@ def test_a_run_with_kept_features_goes_on(scripts, base, tmp_path, monkeypatch, 
         patched.setattr(Trainer, "train_step", stopped)
         assert scripts(*command, "--save_path", tmp_path / "cut") == 1
     assert not list((tmp_path / "cut").glob("features*"))
+    (tmp_path / "cut" / "features_7").mkdir()  # as a killed process leaves it
     assert scripts(*command, "--save_path", tmp_path / "cut") == 0
     assert "in " + str(tmp_path / "cut" / "features_0") in capsys.readouterr().err
+    assert not list((tmp_path / "cut").glob("features*"))
     assert_same_tensors(tmp_path / "cut" / "loop_1.pth", tmp_path / "whole" / "loop_1.pth")
 
 
@@ -107,3 +110,18 @@ def test_features_that_have_no_room_or_change_are_refused(backbone, data_root, t
     block = make_trainer(backbone, data_root, tmp_path, config={**JOINT, "cross_attn": "block"})
     with pytest.raises(ValueError, match="--cache_features: with --cross_attn block"):
         choose_place(block.model, 10, tmp_path)
+
+
+def test_a_signal_is_obeyed_while_features_are_seen(scripts, base, tmp_path, monkeypatch, capsys):
+    original, seen = Trainer.see, []
+
+    def interrupted(self, *arguments, **named):
+        self.stop.received = "SIGTERM"
+        seen.append(1)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "see", interrupted)
+    command = ["train_cross_attention", *EXTEND, "--loops", "1", "--cache_features", "--resume", base]
+    assert scripts(*command, "--save_path", tmp_path / "x") == 1
+    assert "Stopped by SIGTERM. The same command goes on from here." in capsys.readouterr().err
+    assert len(seen) == 1

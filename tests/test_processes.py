@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +19,14 @@ import torch
 from model.weights import REPOSITORY
 from tests.conftest import Scripts, tensors, write_small_dataset
 from utils import checkpoints, processes
-from utils.machine import _own_gpu
+from utils.machine import device_of
 from utils.training.steps import _own_pieces
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # 20 images, 4 of them held out, some without a mask: four batches of five, whose last has one image for two processes.
 TRAINING = ["--dataset", "small", "--device", "cpu", "--text_epoch", "1", "--image_epoch", "1", "--loops", "1"]
 TRAINING += ["--text_batch_size", "5", "--image_batch_size", "5", "--val_fraction", "0.2", "--lr_schedule", "cosine"]
+TRAINING += ["--eval_dataset", "small"]
 # Runs a script, with something done in a process at the start of a step of training.
 AT_STEP = """
 import os, runpy, signal, sys
@@ -156,17 +159,18 @@ def test_a_signal_to_one_process_ends_all_and_another_number_goes_on(partly_mask
 
 
 @pytest.mark.parametrize(
-    ("rank", "what", "message"),
+    ("what", "message"),
     [
-        (1, "os.kill(os.getpid(), signal.SIGKILL)", "Another process of this job is gone"),
-        (1, "raise ValueError('part.png: not readable as an image.')", "error: part.png: not readable as an image."),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Another process of this job is gone"),
+        ("raise ValueError('part.png: not readable as an image.')", "error: part.png: not readable as an image."),
     ],
 )
-def test_a_process_that_fails_ends_all_with_one_message(partly_masked, alone, tmp_path, rank, what, message):
-    done = broken_training(partly_masked, tmp_path / "x", tmp_path / "program.py", 3, rank, what)
+def test_a_process_that_fails_ends_all_with_one_message(partly_masked, alone, tmp_path, what, message):
+    done = broken_training(partly_masked, tmp_path / "x", tmp_path / "program.py", 3, rank=1, what=what)
     assert done.returncode == 1
     (line,) = own_lines(done.stderr)
     assert message in line and "The last state is whole" in line
+    assert message.removeprefix("error: ") in (tmp_path / "x" / "train.log").read_text()
     # The first process was between two steps, and saves where it was.
     assert checkpoints.read(tmp_path / "x" / "state.pth")["position"] == (1, "text", 0, 2)
     assert train_alone(partly_masked, tmp_path / "x") == 0
@@ -182,17 +186,21 @@ def test_what_processes_cannot_share_is_refused(partly_masked, tmp_path):
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: SimpleNamespace(item=lambda: 0))
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert device_of("cuda") == torch.device("cuda") and not current  # alone, whichever PyTorch takes
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _own_gpu("cuda") == "cuda:1"
+    assert device_of("cuda") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
     with pytest.raises(ValueError, match="--device cuda:0: several processes cannot share it"):
-        _own_gpu("cuda:0")
+        device_of("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 processes on a machine with 1 GPUs"):
-        _own_gpu("cuda")
+        device_of("cuda")
 
 
 def test_processes_with_other_images_are_told_so(partly_masked, tmp_path):
@@ -243,10 +251,13 @@ def test_two_processes_predict_what_one_does(partly_masked, alone, tmp_path, mon
     folder = partly_masked / "small" / "candle"
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    flags = ["--ckpt", alone, "--device", "cpu", "--images", *sorted(folder.glob("1_?.png")), broken, "--save_path"]
+    shutil.copy(broken, tmp_path / "also broken.png")
+    images = [broken, tmp_path / "also broken.png", *sorted(folder.glob("1_?.png"))]
+    flags = ["--ckpt", alone, "--device", "cpu", "--images", *images, "--save_path"]
     assert Scripts(monkeypatch, partly_masked)("predict", *flags, tmp_path / "0") == 1
     done = call([*TORCHRUN, 2, "predict.py", *flags, tmp_path / "1"])
-    assert done.returncode == 1 and "1 of 6 images could not be judged" in done.stderr
+    assert done.returncode == 1
+    assert f"2 of 7 images could not be judged: {broken}, {tmp_path / 'also broken.png'}" in done.stderr
     assert done.stdout == capsys.readouterr().out
     names = [sorted(path.name for path in (tmp_path / number).iterdir()) for number in ("0", "1")]
     assert names[0] == names[1] and len(names[0]) == 1 + 5 * 3  # the table, and of each image a picture and two maps
@@ -275,4 +286,4 @@ def test_alone_nothing_is_asked_of_others():
     values = torch.ones(2)
     assert processes.total(values) is values and processes.for_all(1) == [1] and processes.count() == 1
     assert list(processes.own_turns(range(3))) == [0, 1, 2]
-    assert processes.lost_words(RuntimeError("gloo")) is None and processes.may_speak()
+    assert processes.lost_words(RuntimeError("gloo")) is None and processes.speaks("x")

@@ -71,7 +71,7 @@ PRECISION: dict[str, Any] = {
 }
 DEFAULT_PRECISION = "fp32"
 # Arguments that may differ between the machines of one job.
-PLACES = ("clip_weights", "data_root", "images", "resized_images")
+PLACES = ("clip_weights", "resized_images")
 # Lines of all @FILEs of a call, and @FILEs within each other.
 MOST_LINES, DEEPEST = 100_000, 20
 

@@ -18,7 +18,7 @@ from dataset.files import replacing
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP
 from model.backbone import Backbone
 from model.pickles import read_archive
-from model.weights import REPOSITORY, check_weights
+from model.weights import REPOSITORY, check_weights, weights_sha256
 from utils import processes
 from utils.calibration import Calibration
 from utils.files import file_sha256
@@ -271,6 +271,12 @@ def states(model: CrossAttentionCLIP) -> dict[str, dict[str, Tensor] | None]:
         else None
         for name in MODULES
     }
+
+
+def model_sha256(model: CrossAttentionCLIP) -> str:
+    """SHA-256 of the weights of all that trains."""
+    parts = {name: state for name, state in states(model).items() if state is not None}
+    return weights_sha256({f"{name}.{key}": tensor for name, state in parts.items() for key, tensor in state.items()})
 
 
 def environment(backbone: Backbone, device: torch.device) -> dict:

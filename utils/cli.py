@@ -23,14 +23,20 @@ def _heard() -> Iterator[None]:
     if processes.is_first():
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         yield
 
 
 def _end(code: int, text: str, level: int = logging.ERROR) -> int:
     """Say why the job ends, or to its log alone where another process has said so; its exit code."""
-    heard = level if processes.is_first() else logging.ERROR
-    logger.log(heard if processes.may_speak() else logging.DEBUG, "%s", text)
+    if processes.speaks(text):
+        logger.log(level if processes.is_first() else logging.ERROR, "%s", text)
+    else:
+        logger.debug("%s\n%s", processes.spoken(), text)
     logger.debug("Where it happened:", exc_info=True)
     return code
 
@@ -65,8 +71,12 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
     except RuntimeError as error:
         lost = message_of(error) if str(error).startswith(LOST_WORKER) else processes.lost_words(error)
         if lost is None:
+            processes.speaks(repr(error))
             raise
         code = _end(1, f"error: {lost}")
     except KeyboardInterrupt:
         code = _end(1, "Stopped.")
+    except Exception as error:  # a fault of the program: its traceback says why the job ends
+        processes.speaks(repr(error))
+        raise
     sys.exit(code)

@@ -43,7 +43,7 @@ def device_of(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" makes tensors that hold nothing
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where this process talks to the others from
     except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without CUDA
         raise ValueError(f"--device {name}: not usable here ({shorten(str(error), 160)}).") from error
@@ -78,7 +78,7 @@ def default_workers(device_name: str) -> int:
     if not is_cuda(device_name):
         return 0
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(own // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1), MOST_WORKERS)
+    return min(max(own // processes.count_here(), 1), MOST_WORKERS)
 
 
 def take_tf32(wanted: bool) -> None:

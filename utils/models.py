@@ -103,6 +103,8 @@ def check_clip(recorded: str | None, backbone: Backbone, what: str) -> None:
 
 def compile_models(models: Iterable[CrossAttentionCLIP]) -> None:
     """Have their visual forwards compiled, at the next call. Raises ValueError where PyTorch cannot compile here."""
+    # Within DistributedDataParallel it would cut the graph where gradients are sent.
+    torch._dynamo.config.optimize_ddp = False
     for model in models:
         check_compiler(model.backbone.device)
         model.compile()

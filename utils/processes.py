@@ -25,8 +25,8 @@ T = TypeVar("T")
 TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Minutes that processes wait to find each other, and then for what another one does alone.
 TO_MEET, TO_WAIT = 5, 30
-# Where the process that says why the job ends leaves its number.
-SPEAKER = "speaker"
+# Where the process that says why the job ends leaves its number and its words.
+SPEAKER, WORDS = "speaker", "words"
 
 _store: Any = None  # what all processes can read and write, while they are joined
 
@@ -87,15 +87,27 @@ def joined() -> Iterator[None]:
     _store = None
 
 
-def may_speak() -> bool:
-    """Whether this process is the one that says why the job ends: the first that asks."""
+def speaks(words: str) -> bool:
+    """Whether this process is the one that says why the job ends: the first that asks. Others find its words."""
     if _store is None:
         return True
     own = str(number())
     try:
-        return _store.compare_set(SPEAKER, "", own).decode() == own
+        speaker = _store.compare_set(SPEAKER, "", own).decode()
+        if speaker == own:
+            _store.set(WORDS, words)
     except RuntimeError:  # it went with the process that held it
         return True
+    return speaker == own
+
+
+def spoken() -> str:
+    """What another process said of why the job ends."""
+    try:
+        _store.wait([WORDS], timedelta(seconds=1))
+        return _store.get(WORDS).decode()
+    except RuntimeError:
+        return "Another process said why the job ends."
 
 
 def lost_words(error: RuntimeError) -> str | None:
@@ -104,7 +116,8 @@ def lost_words(error: RuntimeError) -> str | None:
         return None
     if "imed out" in str(error):
         return f"Another process of this job was not heard of for {TO_WAIT} minutes: it hangs, or its machine is gone."
-    return "Another process of this job is gone: killed, perhaps for its memory, or with its machine."
+    reason = shorten(str(error), 160)
+    return f"Another process of this job is gone: killed, perhaps for its memory, or with its machine. ({reason})"
 
 
 def versions() -> dict[str, str]:
@@ -133,6 +146,11 @@ def from_first(make: Callable[[], T]) -> T:
     made: list[Any] = [make() if is_first() else None]
     dist.broadcast_object_list(made)
     return made[0]
+
+
+def once_here(make: Callable[[], T]) -> T:
+    """What `make` gives; where all processes are on one machine, the first alone calls it."""
+    return from_first(make) if count() == count_here() else make()
 
 
 @contextmanager

@@ -17,6 +17,9 @@ from utils.files import LONGEST_NAME, safe_name
 from utils.judging import Detector, judge_batches
 from utils.testing.contenders import Contender
 
+# Images per forward, where it is not told otherwise; results do not depend on it.
+EVAL_BATCH = 8
+
 
 class Batching(NamedTuple):
     """How images are read and go through the models; results depend on `precision` and `reduced_jpeg` alone."""

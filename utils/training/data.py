@@ -58,15 +58,18 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
     with processes.first_ahead():
         prepare(settings.dataset, where, links)
         data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links, machine.skip_broken)
-    data = replace(data, records=with_bits(data.folder, data.records, settings.bits))
+    listed = data.records
+    data = replace(data, records=processes.once_here(lambda: with_bits(data.folder, listed, settings.bits)))
     if machine.skip_broken:  # before any are drawn, or held out
-        data = replace(data, records=survey(data.folder, data.records, skip_broken=True))
+        known = data.records
+        data = replace(data, records=processes.once_here(lambda: survey(data.folder, known, skip_broken=True)))
     resized = _resized_images(machine, data.folder, settings.augment, img_size)
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
     if not machine.skip_broken:
-        records = survey(data.folder, records)
+        drawn = records
+        records = processes.once_here(lambda: survey(data.folder, drawn))
     if settings.reduced_jpeg:  # after the files were seen whole
         records = with_reduced_jpeg(records, img_size)
     train, held_out = _divide(records, settings)

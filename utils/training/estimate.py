@@ -29,6 +29,7 @@ from forward_utils_cross_attention import (
 from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
 from model.backbone import Backbone, empty_backbone
 from utils.settings import Settings
+from utils.testing.bench import EVAL_BATCH
 from utils.training.optimizer import make_optimizer
 from utils.training.plan import Plan, Stage, vv_start
 
@@ -37,8 +38,6 @@ GIB = 2**30
 MEASURED_TFLOPS = {"fp32": 40.0, "bf16": 250.0}
 # Memory of GPUs in GiB, and what of it is left to CUDA itself and to gaps between tensors.
 CARDS, RESERVED = (8, 24, 80), 1.0
-# Images per forward of --eval_dataset, and of test.py where it is not told otherwise; results do not depend on it.
-EVAL_BATCH = 8
 # Stage 1 computes the prompts of each class of a batch: as many as VisA has, with names of a usual length.
 CLASSES, DESCRIPTION = 12, "cashew nut"
 

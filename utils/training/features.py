@@ -71,6 +71,12 @@ def choose_place(model: CrossAttentionCLIP, images: int, folder: Path) -> Path |
     )
 
 
+def remove_kept(folder: Path) -> None:
+    """Remove what killed processes kept in a run's folder."""
+    for place in folder.glob("features_*"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
 class Kept(NamedTuple):
     """A step without its tensors: those of each piece are elsewhere, under its number."""
 
@@ -79,36 +85,37 @@ class Kept(NamedTuple):
 
 
 class SeenSteps:
-    """The steps of `steps` with what `see` saw of each piece, kept in memory or in the folder `place`.
+    """Steps with what was seen of each piece, kept in memory or in the folder `place`.
 
-    They come in their order, or, with `key`, in one that depends on it and on the epoch alone.
+    They come in an order that depends on `key` and on the epoch alone.
     """
 
-    def __init__(
+    def __init__(self, place: Path | None, key: tuple[int, ...]):
+        self.place, self.key = place, key
+        self.kept: list[Kept] = []
+        self._count = 0
+        self._tensors: dict[int, dict[str, Tensor]] = {}
+
+    def fill(
         self,
         steps: Steps,
         see: Callable[[Batch, list[int]], Sight],
-        place: Path | None,
-        title: str,
-        key: tuple[int, ...] | None = None,
-    ):
-        self.place, self.key = place, key
-        self.kept: list[Kept] = []
-        self._tensors: dict[int, dict[str, Tensor]] = {}
-        if place is not None:
-            shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-            place.mkdir(parents=True)
+        title: str = "",
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Keep what `see` sees in the steps of the first epoch; `after_batch` may end the work by an exception."""
+        if self.place is not None:
+            self.place.mkdir(parents=True, exist_ok=True)
         for step in progress(steps.epoch(), total=len(steps), desc=f"{title}: features", unit="batch"):
             numbers = [self._keep(piece, see(piece.batch, step.lengths)) for piece in step.pieces]
             bare = [piece._replace(batch=_without_images(piece.batch)) for piece in step.pieces]
             self.kept.append(Kept(step._replace(pieces=bare), numbers))
+            after_batch()
 
     def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Step]:
         """The steps of an epoch but for the first `skip`."""
-        order = range(len(self.kept))
-        if self.key is not None:
-            order = np.random.default_rng((*self.key, number)).permutation(len(self.kept)).tolist()
-        for index in order[skip:]:
+        order = np.random.default_rng((*self.key, number)).permutation(len(self.kept))
+        for index in order[skip:].tolist():
             step, numbers = self.kept[index]
             yield step._replace(pieces=list(map(self._whole, step.pieces, numbers)))
 
@@ -125,7 +132,7 @@ class SeenSteps:
         if sight.neighbours is not None:
             tensors["neighbours"] = sight.neighbours
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        number = sum(len(kept.numbers) for kept in self.kept)
+        number, self._count = self._count, self._count + 1
         if self.place is None:
             self._tensors[number] = tensors
         else:

@@ -1,15 +1,16 @@
 """From a plan to a trainer that is ready to run, new or where an earlier start stopped; both scripts begin here."""
 
+import argparse
 import logging
 from functools import partial
+from typing import NamedTuple
 
 from dataset.files import check_place
 from model.backbone import load_backbone
-from model.weights import weights_sha256
 from utils import processes
-from utils.checkpoints import STATE_FILE, Checkpoint, states
+from utils.checkpoints import STATE_FILE, Checkpoint, model_sha256
 from utils.machine import Machine
-from utils.models import build_model, check_clip, check_modules
+from utils.models import build_model, check_clip, check_modules, compile_models
 from utils.training.data import load_training_data
 from utils.training.folder import check_data, check_free, check_state, open_run
 from utils.training.log import tensorboard_writer
@@ -19,21 +20,29 @@ from utils.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def start(
-    plan: Plan,
-    checkpoint: Checkpoint | None,
-    machine: Machine,
-    in_memory: bool = False,
-    tensorboard: bool = False,
-    pieces: int = 1,
-) -> Trainer | None:
+class Around(NamedTuple):
+    """What a training does beside, of `add_training_arguments`."""
+
+    cache_images: bool = False
+    tensorboard: bool = False
+    accumulate: int = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Around":
+        """From arguments of these names."""
+        return cls(*(getattr(args, name) for name in cls._fields))
+
+
+def start(plan: Plan, checkpoint: Checkpoint | None, machine: Machine, around: Around) -> Trainer | None:
     """A trainer at the beginning of `plan` or where it stopped; None where nothing is left to train.
 
-    `checkpoint` is what the run starts from, None for a fresh base; `in_memory` keeps its images there; `pieces` as in
-    `Trainer`. Nothing of the run is written yet. Raises ValueError or OSError for bad input.
+    `checkpoint` is what the run starts from, None for a fresh base. Nothing of the run is written yet. Raises
+    ValueError or OSError for bad input.
     """
     description = describe_plan(plan)  # which finds what does not fit the model, before anything is read or made
-    check_processes(plan, machine, pieces)
+    check_processes(plan, machine, around.accumulate)
     state = processes.from_first(partial(open_run, plan))
     if state and state["position"][0] > plan.last_loop:
         logger.info("%s is finished up to loop %d; there is nothing left to train.", plan.folder, plan.last_loop)
@@ -41,17 +50,19 @@ def start(
     if processes.is_first():
         check_place(plan.folder, "--save_path")
         check_free(plan.folder)
-    open_board = tensorboard_writer() if tensorboard else None
+    open_board = tensorboard_writer() if around.tensorboard else None
     config = plan.config
-    data = load_training_data(plan.settings, machine, config.img_size, in_memory)
+    data = load_training_data(plan.settings, machine, config.img_size, around.cache_images)
     backbone = load_backbone(config.model_name, config.img_size, config.quick_gelu, machine.clip_weights)
     model = build_model(config, backbone, checkpoint, machine.device, plan.settings.seed)
     if model.sees_another_image:
         data = data.with_partners(plan.settings.seed)
-    weights = weights_sha256({f"{name}.{key}": t for name, s in states(model).items() for key, t in (s or {}).items()})
-    same = {"CLIP weights": backbone.sha256, "images to train on": data.summary, "weights to start from": weights}
-    processes.check_alike(same)
-    trainer = Trainer(model, data, plan, state, machine.num_workers, open_board, pieces)
+    same = {"CLIP weights": backbone.sha256, "images to train on": data.summary}
+    processes.check_alike({**same, "weights to start from": model_sha256(model)})
+    backbone.recompute = around.grad_checkpointing
+    if around.compile:
+        compile_models([model])
+    trainer = Trainer(model, data, plan, state, machine.num_workers, open_board, around.accumulate)
     if state:
         check_clip(state["clip_sha256"], backbone, f"{plan.folder}: this run has CLIP weights of SHA-256")
         check_data(state, data.summary, plan.folder)

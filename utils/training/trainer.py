@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -36,7 +36,7 @@ from utils.logs import log_to_file, progress
 from utils.signals import StopSignal
 from utils.training.calibrate import calibrate
 from utils.training.data import TrainingData
-from utils.training.features import SeenSteps, choose_place
+from utils.training.features import SeenSteps, choose_place, remove_kept
 from utils.training.folder import check_unchanged, locked
 from utils.training.guard import guarded
 from utils.training.log import TrainingLog
@@ -178,7 +178,9 @@ class Trainer:
             if processes.is_first():
                 stack.enter_context(locked(self.folder))
                 check_unchanged(self.plan, self._state)
+                remove_kept(self.folder)
                 self.open_folder()
+            processes.wait()
             self.stop = stack.enter_context(guarded(self.folder, self._tried, self._rescue))
             yield
 
@@ -213,15 +215,17 @@ class Trainer:
         pieces = self.pieces if name == "image" else 1
         drawn = Steps(dataset, stage.batch_size, self.num_workers, self.device, sampler, pieces)
         steps: Steps | SeenSteps = drawn
-        losses = processes.with_mean_gradients(Losses(self), all(record.has_mask for record in self.data.train))
+        # Without a mask in a batch Stage 2's projectors have no gradient; Stage 1 has its orthogonal term.
+        all_used = name == "text" or all(record.has_mask for record in self.data.train)
+        losses = processes.with_mean_gradients(Losses(self), all_used)
         per_epoch = self.steps_per_epoch(stage)
         title = f"loop {stage.loop}/{self.plan.last_loop} {stage.title}"
         done = self.position.epoch * per_epoch + self.position.step
         with ExitStack() as stack:
             if name == "text" and self.settings.cache_features:
-                see = partial(self.see, stage, text=text)
-                steps = SeenSteps(drawn, see, self.features_place, title, sampler.key)
-                stack.callback(steps.close)
+                seen = stack.enter_context(closing(SeenSteps(self.features_place, sampler.key)))
+                seen.fill(drawn, partial(self.see, stage, text=text), title, self._check_stop)
+                steps = seen
             bar = stack.enter_context(progress(total=stage.epochs * per_epoch, initial=done, desc=title, unit="step"))
             while self.position.epoch < stage.epochs:
                 bar.set_description(f"{title} epoch {self.position.epoch + 1}/{stage.epochs}", refresh=False)
@@ -280,7 +284,8 @@ class Trainer:
         own = self._backward(stage, step, losses, text)
         same = gradient_norms(modules)
         self._waiting.append(Measured(self.position, step.records, rates, own, same))
-        fetch |= len(self._waiting) >= self.fetch_steps
+        self._stopping |= self._heard()
+        fetch |= self._stopping or len(self._waiting) >= self.fetch_steps
         # Before the step, so that where another process is lost meanwhile, this one is where it was before it.
         sums = self._fetch() if fetch else []
         with update_norms(modules) as updates:
@@ -307,7 +312,7 @@ class Trainer:
 
     def _fetch(self) -> list[dict[str, float]]:
         """What the processes measured together in the steps that wait. Raises TrainingError where it is not finite."""
-        sums = self._summed([step.own for step in self._waiting])
+        sums = to_floats([step.own for step in self._waiting], processes.total)
         same = to_floats([step.same for step in self._waiting])
         for step, *values in zip(self._waiting, sums, same, strict=True):
             for found in values:
@@ -326,16 +331,18 @@ class Trainer:
         self._waiting.clear()
         return values
 
-    def _summed(self, steps: list[dict[str, Tensor]]) -> list[dict[str, float]]:
-        """Measures summed over the processes, which tell each other of signals with them."""
+    def _heard(self) -> bool:
+        """Whether a signal came to one of the processes."""
+        return processes.total(torch.tensor(float(self.stop.received is not None))).item() > 0
 
-        def over_all(numbers: Tensor) -> Tensor:
-            signal = torch.tensor([float(self.stop.received is not None)], dtype=numbers.dtype)
-            *found, stops = processes.total(torch.cat([numbers, signal])).split([len(numbers), 1])
-            self._stopping |= stops.item() > 0
-            return found[0]
+    def _check_stop(self) -> None:
+        """Raise TrainingStoppedError, in all processes, where a signal came; for work that is simply done again."""
+        if self._heard():
+            raise TrainingStoppedError(f"Stopped by {self._signal}. The same command goes on from here.")
 
-        return to_floats(steps, over_all)
+    @property
+    def _signal(self) -> str:
+        return self.stop.received or "a signal to another process"
 
     def losses(
         self,
@@ -404,7 +411,7 @@ class Trainer:
             for batch, part, sight in step.pieces:
                 loss, terms = self.losses(stage, batch, text, part, step.lengths, sight)
                 add_up(own, {"loss": loss, **terms})
-            (values,) = self._summed([own])
+            (values,) = to_floats([own], processes.total)
             therefore = "these images are held out, the epoch before is not saved as done"
             self._check_finite(values, self.position, step.records, therefore)
             means.add(values)
@@ -439,9 +446,8 @@ class Trainer:
         if self._stopping or time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
         if self._stopping:
-            signal = self.stop.received or "a signal to another process"
             raise TrainingStoppedError(
-                f"Stopped by {signal} at {self.position}; the state is saved in {self.folder}. "
+                f"Stopped by {self._signal} at {self.position}; the state is saved in {self.folder}. "
                 "The same command goes on from here."
             )
 
