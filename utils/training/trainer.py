@@ -305,7 +305,7 @@ class Trainer:
                 # Of the gradients, the mean over the processes is taken, of losses that add up.
                 (processes.count() * loss).backward()
             counts = bool(part.images)
-            emptied = batch["emptied"].sum().to(self.device, non_blocking=True)
+            emptied = torch.full((), float(batch["emptied"].sum()), device=self.device)
             add_up(own, {"loss": loss, **terms})
             add_up(own, {name: counts * value for name, value in {**added, "emptied_masks": emptied}.items()})
         return own
