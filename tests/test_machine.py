@@ -11,7 +11,7 @@ import torch
 from dataset import loading
 from model.weights import REPOSITORY
 from tests.conftest import EPOCHS, SMALL
-from utils import machine
+from utils import machine, processes
 from utils.arguments import take_machine
 
 
@@ -42,9 +42,8 @@ def test_tf32_is_taken_on_cuda_where_it_is_asked_for(float32, caplog, device, as
 )
 def test_a_gpu_has_its_share_of_the_processors(monkeypatch, device, own, side_by_side, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(own)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if side_by_side:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(side_by_side))
+        monkeypatch.setattr(processes, "count_here", lambda: side_by_side)
     assert machine.default_workers(device) == expected
 
 
