@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone, run_blocks
+from model.backbone import Backbone, at_places, run_blocks, run_last_block
 
 LEAK = 0.01
 
@@ -42,8 +42,7 @@ class Prompts(NamedTuple):
         prompt, position = places // self.tokens.shape[2], places % self.tokens.shape[2]
         seen = (prompt.unsqueeze(2) == prompt.unsqueeze(1)) & (position.unsqueeze(2) >= position.unsqueeze(1))
         mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, float("-inf")).unsqueeze(1)
-        packed = x.flatten(1, 2).gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return packed, (self.eot + 1).cumsum(dim=1) - 1, mask
+        return at_places(x.flatten(1, 2), places), (self.eot + 1).cumsum(dim=1) - 1, mask
 
 
 class TextContext(NamedTuple):
@@ -195,10 +194,16 @@ class AdaptedCLIP(nn.Module):
     def text(self, prompts: Prompts, image_context: Tensor | None = None) -> Tensor:
         """The text forward: prompts after block 0 -> embeddings [N, P, E], not normalised."""
         x, ends, mask = prompts.pack(self.after_text_block(0, prompts.tokens, image_context))
+        blocks = self.backbone.text_blocks
+        last = len(blocks) - 1
         x = self.backbone.run_text_blocks(
-            x, mask, start=1, after_block=lambda index, tokens: self.after_text_block(index, tokens, image_context)
+            x, mask, 1, last, lambda index, tokens: self.after_text_block(index, tokens, image_context)
         )
-        return self.text_adapter[-1](self.backbone.end_of_text(x, ends))
+        # Of the last block the EOT tokens alone are looked at.
+        of_ends = mask.gather(2, ends[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))
+        x = run_last_block(blocks[last], x, at_places(x, ends), of_ends)
+        x = self.after_text_block(last, x, image_context)
+        return self.text_adapter[-1](self.backbone.clip.ln_final(x))
 
     def after_text_block(self, index: int, x: Tensor, image_context: Tensor | None) -> Tensor:
         """What follows text block `index`: its adapter, where it has one. After block 0, `x` is [N, P, L, D]."""

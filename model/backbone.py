@@ -125,6 +125,11 @@ def _join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """Tokens [N, L, W] at some places [N, P] of their sequences, [N, P, W]."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
@@ -159,6 +164,21 @@ def run_blocks(
     return x, kept
 
 
+def run_last_block(block: ResidualAttentionBlock, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a block makes of some `tokens` [B, Q, W] of `x` [B, T, W], where nothing looks at the others afterwards.
+
+    `mask` [B, 1, Q, T] is added to the scores.
+    """
+    attention, width = block.attn, x.shape[-1]
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    query = F.linear(block.ln_1(tokens), weight[:width], bias[:width])
+    key, value = F.linear(block.ln_1(x), weight[width:], bias[width:]).chunk(2, dim=-1)
+    query, key, value = (_split_heads(part, attention.num_heads) for part in (query, key, value))
+    seen = _join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    tokens = tokens + block.ls_1(attention.out_proj(seen))
+    return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+
 class Backbone(nn.Module):
     """A frozen CLIP in eval mode. Every size the program uses is read from here.
 
@@ -171,6 +191,8 @@ class Backbone(nn.Module):
         blocks = [*clip.visual.transformer.resblocks, *clip.transformer.resblocks]
         if not isinstance(clip.visual, VisionTransformer) or clip.visual.attn_pool is not None:
             raise ValueError(f"{model_name}: expected open_clip's VisionTransformer with a class token.")
+        if len(clip.transformer.resblocks) < 2:
+            raise ValueError(f"{model_name}: expected at least two text blocks, one of them before what is adapted.")
         activation = QuickGELU if quick_gelu else nn.GELU
         for block in blocks:
             if type(block) is not ResidualAttentionBlock or type(block.mlp.gelu) is not activation:
@@ -234,17 +256,19 @@ class Backbone(nn.Module):
         """Tokens at the four levels with V-V attention from block `vv_start` on, and those of CLIP as it is.
 
         Both walks share the blocks before `vv_start`; the rest as in `vv_attention`. Returns two dicts
-        {level: [B, T, W]}.
+        {level: [B, T, W]}; of CLIP as it is, the last level has CLS alone, [B, 1, W], which is all that is looked at.
         """
-        blocks = self.image_blocks
+        blocks, last = self.image_blocks, len(self.image_blocks) - 1
 
         def attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
             return vv_attention(attention, x, across_batch, of_batch)
 
         x, shared = run_blocks(blocks, self.embed_images(images), stop=vv_start, keep=self.levels)
         _, surgery = run_blocks(blocks, x, attend, start=vv_start, keep=self.levels)
-        _, plain = run_blocks(blocks, x, start=vv_start, keep=self.levels)
-        return {**shared, **surgery}, {**shared, **plain}
+        if vv_start > last:  # no block has V-V attention
+            return shared, shared
+        x, plain = run_blocks(blocks, x, start=vv_start, stop=last, keep=self.levels)
+        return {**shared, **surgery}, {**shared, **plain, last + 1: run_last_block(blocks[last], x, x[:, :1])}
 
     # text tower
 
@@ -305,7 +329,7 @@ class Backbone(nn.Module):
 
     def end_of_text(self, x: Tensor, eot: Tensor) -> Tensor:
         """Tokens [N, L, D] after the last block, EOT positions [N, P] -> `ln_final` at the EOT tokens, [N, P, D]."""
-        return self.clip.ln_final(x.gather(1, eot.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+        return self.clip.ln_final(at_places(x, eot))
 
 
 def load_backbone(
