@@ -288,8 +288,14 @@ def main() -> int:
     detectors = load_detectors(args.ckpt, *named, loader, args.precision, args.bits, args.reduced_jpeg)
     if args.compile:
         compile_models(detector.model for detector in detectors)
-    models = {detector.name: checkpoints.model_sha256(detector.model) for detector in detectors}
-    arguments.check_same(args, {"images": list(map(str, images)), "CLIP weights": loader.backbone.sha256, **models})
+    arguments.check_same(
+        args,
+        lambda: {
+            "CLIP weights": loader.backbone.sha256,
+            "images": list(map(str, images)),
+            **{detector.name: checkpoints.model_sha256(detector.model) for detector in detectors},
+        },
+    )
     if args.normal_images:
         normal = known_good(args.normal_images, [args.class_name], list(images))
         check_normal_images(detector.model for detector in detectors)

@@ -194,9 +194,14 @@ def main() -> None:
         data_sets = processes.once_here(lambda: [surveyed(data, args.bits, machine.skip_broken) for data in data_sets])
     else:  # which leaves all others alone, but for how bright they are
         data_sets = [replace(d, records=with_bits(d.folder, d.records, args.bits)) for d in data_sets]
-    models = {contender.name: checkpoints.model_sha256(contender.model) for contender in contenders}
-    images = {f"images of {data.name}": digest(data.records) for data in data_sets}
-    arguments.check_same(args, {**images, "CLIP weights": loader.backbone.sha256, **models})
+    arguments.check_same(
+        args,
+        lambda: {
+            "CLIP weights": loader.backbone.sha256,
+            **{f"images of {data.name}": digest(data.records) for data in data_sets},
+            **{contender.name: checkpoints.model_sha256(contender.model) for contender in contenders},
+        },
+    )
     if args.normal_images:
         check_normal_images(contender.model for contender in contenders)
     how = args.precision, args.reduced_jpeg, machine.resized_images

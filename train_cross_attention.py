@@ -202,7 +202,7 @@ def main() -> None:
     how = plan.settings.precision, plan.settings.reduced_jpeg, machine.resized_images
     batching = Batching(EVAL_BATCH, machine.num_workers, *how)
     data_sets = open_eval_sets(args.eval_dataset, machine)
-    arguments.check_same(args, {f"images of {data.name}": digest(data.records) for data in data_sets})
+    arguments.check_same(args, lambda: {f"images of {data.name}": digest(data.records) for data in data_sets})
     benches = [Bench(data, backbone, batching) for data in data_sets]
     tests = LoopTests(benches, ModelLoader(machine.device, backbone=backbone))
     with trainer.running():

@@ -63,7 +63,7 @@ def decode_by_torchvision(path: Path, seed: int = 0) -> None:
 
 def decoders(path: Path, img_size: int) -> dict[str, Callable[[int], object]]:
     """{what: decodes a JPEG file}, whole and at reduced size; torchvision's decoder where it is built in."""
-    ways = {"": None, f" to {img_size} px or more": img_size, f" to {reduced_for(img_size)} px or more": 2 * img_size}
+    ways = {"": None, **{f" to {side} px or more": side for side in (img_size, reduced_for(img_size))}}
     found: dict[str, Callable[[int], object]] = {}
     for ending, reduced_to in ways.items():
         name = f"Pillow, reduced{ending}" if ending else WHOLE

@@ -30,10 +30,10 @@ from benchmarks.standin import fill_adapters, standin_backbone
 from dataset.commands import path_argument
 from model.adapter_cross_attention import CrossAttentionCLIP
 from model.backbone import DEFAULT_MODEL, Backbone
+from model.weights import REPOSITORY
 from utils.cli import run_script
 from utils.options import at_least
 
-ROOT = Path(__file__).resolve().parent.parent
 URL = "https://github.com/Mwxinnn/AA-CLIP"
 # What its modules import, beyond this program's requirements; its tokenizer asks for what newer setuptools lack.
 PACKAGES = "kornia pandas ipdb ftfy regex 'setuptools<70'"
@@ -73,7 +73,7 @@ def in_place_of_ours(checkout: Path) -> Iterator[None]:
 
     ours, paths, variables, threads = take(), sys.path.copy(), os.environ.copy(), torch.get_num_threads()
     # Its folders are no packages by name, so ours would go before them from anywhere on the path.
-    sys.path[:] = [str(checkout), *(path for path in paths if Path(path or ".").resolve() != ROOT)]
+    sys.path[:] = [str(checkout), *(path for path in paths if Path(path or ".").resolve() != REPOSITORY)]
     try:
         with warnings.catch_warnings():
             yield

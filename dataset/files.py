@@ -84,9 +84,14 @@ def remove_leftovers(folder: Path, names: tuple[str, ...] = ("*",), older_than: 
                 continue  # another process was faster, or may not be disturbed
 
 
+def nearest_there(folder: Path) -> Path:
+    """A folder, or the nearest one above it, that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+
+
 def check_place(folder: Path, flag: str) -> None:
     """Raise ValueError, with the flag that named it, where a folder is none, or cannot be written to or made."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    nearest = nearest_there(folder)
     if not nearest.is_dir():
         raise ValueError(f"{flag} {folder}: {nearest} is no folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -5,7 +5,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -263,10 +263,10 @@ def machine_of(args: argparse.Namespace) -> Machine:
     return Machine(args.device, args.clip_weights, data_root, workers, *files)
 
 
-def check_same(args: argparse.Namespace, more: Mapping[str, object]) -> None:
+def check_same(args: argparse.Namespace, more: Callable[[], Mapping[str, object]]) -> None:
     """Raise ValueError where processes of one job have other arguments, or `more` that is not the same in all."""
     flags = {f"--{name}": value for name, value in vars(args).items() if name not in PLACES}
-    processes.check_alike(flags | dict(more))
+    processes.check_alike(lambda: flags | dict(more()))
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dataset.files import nearest_there
 from dataset.loading import Batch
 from forward_utils_cross_attention import Sight
 from model.adapter_cross_attention import CrossAttentionCLIP
@@ -25,8 +26,8 @@ from utils.training.steps import Piece, Step, Steps
 
 logger = logging.getLogger(__name__)
 
-# Of a batch, what is not kept: Stage 1 has seen it.
-SEEN = ("image", "other")
+# Of a batch, what Stage 1 has seen, and the mask, which is kept with what it saw.
+APART = ("image", "other", "mask")
 
 
 def bytes_of_image(model: CrossAttentionCLIP) -> int:
@@ -55,8 +56,7 @@ def choose_place(model: CrossAttentionCLIP, images: int, folder: Path) -> Path |
     size = bytes_of_image(model) * images
     here = size * processes.count_here() // processes.count()
     memory = psutil.virtual_memory().available
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(nearest).free
+    disk = shutil.disk_usage(nearest_there(folder)).free
     words = f"--cache_features: {size / 1e9:.3g} GB of features of {images} images"
     if here <= memory / 2:
         logger.info("%s, in memory, of which %.1f GB are free.", words, memory / 1e9)
@@ -150,4 +150,4 @@ class SeenSteps:
 
 
 def _without_images(batch: Batch) -> Batch:
-    return cast(Batch, {name: value for name, value in batch.items() if name not in (*SEEN, "mask")})
+    return cast(Batch, {name: value for name, value in batch.items() if name not in APART})

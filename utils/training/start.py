@@ -58,7 +58,7 @@ def start(plan: Plan, checkpoint: Checkpoint | None, machine: Machine, around: A
     if model.sees_another_image:
         data = data.with_partners(plan.settings.seed)
     same = {"CLIP weights": backbone.sha256, "images to train on": data.summary}
-    processes.check_alike({**same, "weights to start from": model_sha256(model)})
+    processes.check_alike(lambda: {**same, "weights to start from": model_sha256(model)})
     backbone.recompute = around.grad_checkpointing
     if around.compile:
         compile_models([model])
@@ -86,4 +86,5 @@ def check_processes(plan: Plan, machine: Machine, pieces: int) -> None:
             "(--image_batch_size), which cannot be cut into more pieces."
         )
     flags = {f"--{name}": value for part in plan.header["config"].values() for name, value in part.items()}
-    processes.check_alike({**flags, "--loops": plan.last_loop, "the kind of --device": machine.device.type})
+    more = {"--loops": plan.last_loop, "the kind of --device": machine.device.type}
+    processes.check_alike(lambda: flags | more)

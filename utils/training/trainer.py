@@ -61,13 +61,17 @@ FETCH_STEPS = 10
 
 
 class Measured(NamedTuple):
-    """A step whose measures are on the device: those that add up over the processes, and those that all have."""
+    """A step whose measures are on the device: `own` add up over the processes, all have the same of the others.
+
+    `updates` are there once the optimiser's step is done.
+    """
 
     position: Position
     records: list[Record]
     rates: dict[str, float]
     own: dict[str, Tensor]
-    same: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    updates: dict[str, Tensor]
 
 
 class Losses(nn.Module):
@@ -282,17 +286,17 @@ class Trainer:
         modules = self.model.learned(stage.name)
         optimizer.zero_grad(set_to_none=True)
         own = self._backward(stage, step, losses, text)
-        same = gradient_norms(modules)
-        self._waiting.append(Measured(self.position, step.records, rates, own, same))
+        measured = Measured(self.position, step.records, rates, own, gradient_norms(modules), {})
+        self._waiting.append(measured)
         self._stopping |= self._heard()
         fetch |= self._stopping or len(self._waiting) >= self.fetch_steps
         # Before the step, so that where another process is lost meanwhile, this one is where it was before it.
-        sums = self._fetch() if fetch else []
+        before = self._fetch() if fetch else []
         with update_norms(modules) as updates:
             optimizer.step()
-        same |= updates
+        measured.updates.update(updates)
         self.position = self.position._replace(step=self.position.step + 1)
-        return self._log_steps(sums) if fetch else None
+        return self._log_steps(before) if fetch else None
 
     def _backward(self, stage: Stage, step: Step, losses: nn.Module, text: ClassText) -> dict[str, Tensor]:
         """Gradients of a step's loss; this process's part of its measures."""
@@ -311,22 +315,21 @@ class Trainer:
         return own
 
     def _fetch(self) -> list[dict[str, float]]:
-        """What the processes measured together in the steps that wait. Raises TrainingError where it is not finite."""
+        """What was measured before the updates of the steps that wait. Raises TrainingError where it is not finite."""
         sums = to_floats([step.own for step in self._waiting], processes.total)
-        same = to_floats([step.same for step in self._waiting])
-        for step, *values in zip(self._waiting, sums, same, strict=True):
-            for found in values:
-                self._check_finite(found, step.position, step.records, "what came of it is not saved")
-        return [with_added_shares(values) for values in sums]
+        norms = to_floats([step.gradients for step in self._waiting])
+        found = [own | gradients for own, gradients in zip(sums, norms, strict=True)]
+        for step, values in zip(self._waiting, found, strict=True):
+            self._check_finite(values, step.position, step.records, "what came of it is not saved")
+        return [with_added_shares(values) for values in found]
 
-    def _log_steps(self, sums: list[dict[str, float]]) -> dict[str, float]:
+    def _log_steps(self, before: list[dict[str, float]]) -> dict[str, float]:
         """Log the steps that wait; the values of the last one. Raises TrainingError where an update is not finite."""
         values: dict[str, float] = {}
-        for step, found, same in zip(
-            self._waiting, sums, to_floats([step.same for step in self._waiting]), strict=True
-        ):
-            self._check_finite(same, step.position, step.records, "the step that made it so is not saved")
-            values = found | same
+        updates = to_floats([step.updates for step in self._waiting])
+        for step, measured, moved in zip(self._waiting, before, updates, strict=True):
+            self._check_finite(moved, step.position, step.records, "the step that made it so is not saved")
+            values = measured | moved
             self.log.step(step.position, values, step.rates)
         self._waiting.clear()
         return values
