@@ -217,17 +217,16 @@ def encode(
     [B, 3, S, S]: what a model of `image_context` "another" looks at instead of the images.
     """
     with autocast(images.device, precision):
-        text_context = text.contexts(class_names)
-        features = model.visual(images, text_context)
+        text_context, backbone = text.contexts(class_names), model.backbone
+        needs_frozen = model.prompts_see_image and model.config.image_context == "frozen"
+        first = backbone.first_image_block(images) if needs_frozen else None
+        features = model.visual(images, text_context, first)
         seen = seen_features(model, features, other, text_context)
         context = None
-        if model.prompts_see_image:
-            frozen = model.config.image_context == "frozen"
-            context = (
-                frozen_image_context(model.backbone, model.backbone.plain_tokens(images))
-                if frozen
-                else image_context(seen)
-            )
+        if needs_frozen:
+            context = frozen_image_context(backbone, backbone.plain_tokens(images, first))
+        elif model.prompts_see_image:
+            context = image_context(seen)
         anchors = text.anchors(class_names, context)
     patches = features.patches
     cosines = model.cosines(patches, anchors, model.neighbours(patches, seen.patches, known_of(class_names, known)))
@@ -274,18 +273,20 @@ def see_stage1(
     backbone, sees_image = model.backbone, model.text_cross_attn is not None
     needs_frozen = sees_image and model.config.image_context == "frozen"
     needs_visual = features == "adapted" or (sees_image and not needs_frozen)
+    needs_plain = features != "adapted" or needs_frozen
     with autocast(images.device, precision):
+        first = backbone.first_image_block(images) if needs_plain else None
         visual = seen = None
         if needs_visual:
             text_context = text.contexts(class_names)
-            visual = model.visual(images, text_context)
+            visual = model.visual(images, text_context, first)
             seen = seen_features(model, visual, other, text_context)
         plain: dict[int, Tensor] = {}
         if features == "frozen":
-            surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch, of_batch)
+            surgery, plain = backbone.vv_tokens(images, vv_start, vv_across_batch, of_batch, first)
             patches = frozen_patches(backbone, surgery, plain)
-        elif needs_frozen or features == "projectors":
-            plain = backbone.plain_tokens(images)
+        elif needs_plain:
+            plain = backbone.plain_tokens(images, first)
         if features == "projectors":
             patches = model.project_levels(plain)
         elif features == "adapted" and visual is not None:

@@ -151,12 +151,19 @@ class AdaptedCLIP(nn.Module):
             }
         )
 
-    def visual(self, images: Tensor, text_context: TextContext | None = None) -> VisualFeatures:
-        """The visual forward: normalised pixels [B, 3, S, S] -> V1..V4, det and CLS."""
+    def visual(
+        self, images: Tensor, text_context: TextContext | None = None, first: Tensor | None = None
+    ) -> VisualFeatures:
+        """The visual forward: normalised pixels [B, 3, S, S] -> V1..V4, det and CLS.
+
+        `first`: the tokens after the frozen block 0, where they are known.
+        """
         backbone = self.backbone
+        first = backbone.first_image_block(images) if first is None else first
         x, levels = run_blocks(
             backbone.image_blocks,
-            backbone.embed_images(images),
+            self.after_image_block(0, first, text_context),
+            start=1,
             after_block=lambda index, tokens: self.after_image_block(index, tokens, text_context),
             keep=backbone.levels,
             recompute=backbone.recompute,

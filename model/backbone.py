@@ -144,7 +144,7 @@ def run_blocks(
 
     `after_block(i, x)` replaces the output of block i (adapters, cross-attention). With `recompute` the backward pass
     computes each block anew from its input, which is all that is kept of it. Returns the last tokens and
-    {level: tokens} for the levels of `keep` that were passed, taken after `after_block`.
+    {level: tokens} for the levels of `keep` from `start` on, taken after `after_block`.
     """
 
     def walk(index: int, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def run_blocks(
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
         return x if after_block is None else after_block(index, x)
 
-    kept = {}
+    kept = {start: x} if start in keep else {}
     for index in range(start, len(blocks) if stop is None else stop):
         if recompute and x.requires_grad:  # a frozen block that nothing trained precedes keeps nothing
             x = checkpoint(walk, index, x, use_reentrant=False, preserve_rng_state=False)  # nothing draws
@@ -240,10 +240,15 @@ class Backbone(nn.Module):
         """CLIP's own head on any image tokens: ln_post and projection, [..., W] -> [..., E], not normalised."""
         return self.clip.visual.ln_post(tokens) @ self.clip.visual.proj
 
+    def first_image_block(self, images: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> tokens [B, T, W] after block 0, the same with adapters and without."""
+        return run_blocks(self.image_blocks, self.embed_images(images), stop=1)[0]
+
     @torch.no_grad()
-    def plain_tokens(self, images: Tensor) -> dict[int, Tensor]:
-        """{level: [B, T, W]} of CLIP as it is, at the four levels."""
-        return run_blocks(self.image_blocks, self.embed_images(images), keep=self.levels)[1]
+    def plain_tokens(self, images: Tensor, first: Tensor | None = None) -> dict[int, Tensor]:
+        """{level: [B, T, W]} of CLIP as it is, at the four levels; `first`: the tokens after block 0, where known."""
+        first = self.first_image_block(images) if first is None else first
+        return run_blocks(self.image_blocks, first, start=1, keep=self.levels)[1]
 
     @torch.no_grad()
     def vv_tokens(
@@ -252,18 +257,24 @@ class Backbone(nn.Module):
         vv_start: int,
         across_batch: bool = True,
         of_batch: Callable[[Tensor], Tensor] = as_is,
+        first: Tensor | None = None,
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Tokens at the four levels with V-V attention from block `vv_start` on, and those of CLIP as it is.
 
-        Both walks share the blocks before `vv_start`; the rest as in `vv_attention`. Returns two dicts
-        {level: [B, T, W]}; of CLIP as it is, the last level has CLS alone, [B, 1, W], which is all that is looked at.
+        Both walks share the blocks before `vv_start`; `first` as in `plain_tokens`, the rest as in `vv_attention`.
+        Returns two dicts {level: [B, T, W]}; of CLIP as it is, the last level has CLS alone, [B, 1, W], which is all
+        that is looked at.
         """
         blocks, last = self.image_blocks, len(self.image_blocks) - 1
 
         def attend(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
             return vv_attention(attention, x, across_batch, of_batch)
 
-        x, shared = run_blocks(blocks, self.embed_images(images), stop=vv_start, keep=self.levels)
+        if first is None or vv_start == 0:
+            x, done = self.embed_images(images), 0
+        else:
+            x, done = first, 1
+        x, shared = run_blocks(blocks, x, start=done, stop=vv_start, keep=self.levels)
         _, surgery = run_blocks(blocks, x, attend, start=vv_start, keep=self.levels)
         if vv_start > last:  # no block has V-V attention
             return shared, shared

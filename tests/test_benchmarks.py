@@ -203,7 +203,7 @@ def test_a_checkout_of_the_published_code_is_loaded_beside_ours(tmp_path):
     assert (sys.modules["model.adapter"], sys.path, torch.get_num_threads()) == before
     assert "TAKEN_BACK" not in os.environ
     with pytest.raises(ValueError, match=r"found no forward_utils.py, model/clip.py. Get one: git clone"):
-        published.load_published(published.ROOT)
+        published.load_published(published.REPOSITORY)
 
 
 def test_a_published_loop_ends_after_one_step():

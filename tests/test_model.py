@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.standin import standin_backbone, standin_images, standin_masks
 from forward_utils_cross_attention import (
+    STAGE1_FEATURES,
     ClassText,
     Encoding,
     PromptBank,
@@ -16,6 +17,7 @@ from forward_utils_cross_attention import (
     known_patches,
     make_anchors,
     predict,
+    see_stage1,
     segmentation_terms,
     stage1_loss,
     stage2_loss,
@@ -329,6 +331,23 @@ def test_projectors_see_the_plain_clip(backbone):
     encoded = encode_stage1(model, images, CLASSES, text, "projectors", backbone.default_vv_start, True)
     for found, expected in zip(encoded.patches, model.project_levels(backbone.plain_tokens(images)), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("context", ["adapted", "frozen"])
+@pytest.mark.parametrize("features", STAGE1_FEATURES)
+def test_walks_of_one_step_share_the_first_block(backbone, features, context):
+    model = make_model(backbone, **new_extension("block") | {"image_context": context})
+    text, images = ClassText(model, PromptBank(backbone, DESCRIPTIONS, "industrial"), fixed=True), standin_images(2, 64)
+    first, walks = backbone.first_image_block(images), []
+    hook = backbone.image_blocks[0].ln_1.register_forward_hook(lambda *call: walks.append(call))
+    see_stage1(model, images, CLASSES, text, features, backbone.default_vv_start, True)
+    encode(model, images, CLASSES, text)
+    hook.remove()
+    assert len(walks) == 2  # one in each call
+    for start in (0, 3):
+        alone = backbone.vv_tokens(images, start)
+        for found, expected in zip(backbone.vv_tokens(images, start, first=first), alone, strict=True):
+            assert all(torch.equal(found[level], expected[level]) for level in backbone.levels)
 
 
 def test_bf16_is_close_and_trains(backbone):

@@ -249,9 +249,9 @@ def test_v_v_attention_follows_its_flags(backbone, data_root, tmp_path, monkeypa
     assert vv_start(settings(surgery_until_layer=1), backbone) == 12  # in no block
     calls = []
 
-    def watched(images, start, across_batch, of_batch):
+    def watched(images, start, across_batch, *more):
         calls.append((start, across_batch))
-        return original(images, start, across_batch, of_batch)
+        return original(images, start, across_batch, *more)
 
     original = backbone.vv_tokens
     monkeypatch.setattr(backbone, "vv_tokens", watched)
