@@ -112,6 +112,13 @@ def scripts(monkeypatch, data_root) -> Scripts:
     return Scripts(monkeypatch, data_root)
 
 
+@pytest.fixture
+def no_estimates(monkeypatch) -> None:
+    """Trainings say nothing of what to expect: it takes seconds, and test_estimate.py has it."""
+    for script in ("train", "train_cross_attention"):
+        monkeypatch.setattr(importlib.import_module(script), "describe_estimates", lambda *how: "")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, data_root) -> Path:
     """A base model that train.py trained on the small data set."""

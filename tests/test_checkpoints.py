@@ -71,6 +71,7 @@ def test_another_image_is_the_same_in_every_batch(scripts, base, data_root, tmp_
     assert "a control, which looks at another image of a data set" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_estimates")
 def test_a_learning_rate_of_what_does_not_learn_is_refused(scripts, base, tmp_path, capsys):
     command = ["train_cross_attention", "--dataset", "small", "--resume", base, "--save_path", tmp_path / "x"]
     assert scripts(*command, "--image_cross_attn_lr", "1e-3", "--dry_run") == 2

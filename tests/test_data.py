@@ -295,6 +295,7 @@ def test_a_part_of_a_data_set_goes_by_its_own_name(root, caplog):
             open_all(["MVTec", str(root / twice)], root)
 
 
+@pytest.mark.usefixtures("no_estimates")
 def test_results_of_a_part_leave_those_of_the_whole(scripts, run, data_root, tmp_path, capsys):
     folder = shutil.copytree(data_root / "small", tmp_path / "small")
     records = open_dataset("small", tmp_path).records

@@ -274,6 +274,7 @@ def test_a_batch_without_a_seen_category_has_no_region_loss():
 # what is shipped
 
 
+@pytest.mark.usefixtures("no_estimates")
 def test_the_shipped_parts_fit_together(backbone, scripts, capsys):
     folder = REPOSITORY / "ckpt" / "demo"
     base = load_checkpoint(folder / "base")

@@ -160,14 +160,13 @@ def done() -> set[str]:
 
 
 @pytest.mark.parametrize("name", OF_SCRIPTS)
+@pytest.mark.usefixtures("no_estimates")
 def test_commands_of_scripts_run(name, small, done, scripts: Scripts, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # where files of arguments lie
     _, script, *words = OF_SCRIPTS[name]
     script, words = script.removesuffix(".py"), small.words(words)
     if script.startswith("train"):
         words.append("--dry_run")
-        # It takes seconds, and test_estimate.py has it.
-        monkeypatch.setattr(importlib.import_module(script), "describe_estimates", lambda *how: "")
     else:
         words += ["--device", "cpu", *(["--save_path", str(small.results)] if script == "predict" else [])]
     if script == "test":

@@ -1,14 +1,17 @@
-"""Several processes do what one does: torchrun's, two of them, without a GPU."""
+"""Several processes do what one does: two of them, by torchrun or started one by one, without a GPU."""
 
 import csv
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,29 +22,26 @@ import torch
 from model.weights import REPOSITORY
 from tests.conftest import Scripts, tensors, write_small_dataset
 from utils import checkpoints, processes
+from utils.cli import run_script
+from utils.judging import Detector
 from utils.machine import device_of
+from utils.signals import SIGNALS, StopSignal, end_by_words
 from utils.training.steps import _own_pieces
+from utils.training.trainer import Trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # 20 images, 4 of them held out, some without a mask: four batches of five, whose last has one image for two processes.
-TRAINING = ["--dataset", "small", "--device", "cpu", "--text_epoch", "1", "--image_epoch", "1", "--loops", "1"]
+TRAINING = ["--resume", REPOSITORY / "ckpt" / "demo" / "base", "--dataset", "small", "--device", "cpu", "--loops", "1"]
+TRAINING += ["--text_epoch", "1", "--image_epoch", "1"]
 TRAINING += ["--text_batch_size", "5", "--image_batch_size", "5", "--val_fraction", "0.2", "--lr_schedule", "cosine"]
 TRAINING += ["--eval_dataset", "small"]
-# Runs a script, with something done in a process at the start of a step of training.
-AT_STEP = """
-import os, runpy, signal, sys
-from utils.training.trainer import Trainer
+# Runs a script, which something befalls.
+BEFALLEN = """
+import runpy, sys
+from tests import test_processes
 
-original, calls = Trainer.train_step, []
-
-def train_step(self, *arguments):
-    calls.append(1)
-    if len(calls) == {step} and os.environ.get("RANK") == "{rank}":
-        {what}
-    return original(self, *arguments)
-
-Trainer.train_step = train_step
-sys.argv = sys.argv[1:]
+test_processes.befall(test_processes.{what}, {step})
+del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -67,32 +67,114 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def call(command: list[object], **told: object) -> subprocess.CompletedProcess:
-    """Run a command as its user would; its output as text."""
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failed() -> None:
+    raise ValueError("part.png: not readable as an image.")
+
+
+def nothing() -> None: ...
+
+
+def befall(what: Callable[[], None], step: int, place: tuple[type, str] = (Trainer, "train_step")) -> None:
+    """Have something happen in the second process at the start of a step of its work, counted from 1."""
+    original, calls = getattr(*place), []
+
+    def begin(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) == step and processes.number() == 1:
+            what()
+        return original(self, *arguments, **named)
+
+    setattr(*place, begin)
+
+
+class Job:
+    """Processes of one job that have ended: their exit codes, and what all of them wrote."""
+
+    def __init__(self, codes: list[int], out: str, err: str):
+        self.codes, self.out, self.err = codes, out, err
+
+    @property
+    def own_lines(self) -> list[str]:
+        """What the program said of its end; torchrun adds a report of its own."""
+        return [line for line in self.err.splitlines() if line.startswith(("error:", "Stopped by"))]
+
+
+def torchrun(number: int, *command: object) -> Job:
+    """A command by so many processes, as its user starts them; the exit code is torchrun's."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    env |= {name: str(value) for name, value in told.items()}
-    named = [str(word) for word in command]
-    return subprocess.run(named, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=240)
+    words = [*TORCHRUN, str(number), *map(str, command)]
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=240)
+    return Job([done.returncode], done.stdout, done.stderr)
 
 
-def training(number: int, root: Path, folder: Path, *more: object) -> subprocess.CompletedProcess:
-    """A training by so many processes."""
-    script = ["train_cross_attention.py", "--resume", "ckpt/demo/base", *TRAINING]
-    return call([*TORCHRUN, number, *script, "--data_root", root, "--save_path", folder, *more])
+def _process(script: str, words: list[str], told: dict[str, str], log: Path, what: Callable[[], None]) -> None:
+    """What a process of a job does."""
+    for number, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(log.with_suffix(f".{end}"), os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    os.environ |= told
+    os.chdir(REPOSITORY)
+    if script == "train_cross_attention":
+        befall(what, step=3)
+    else:
+        befall(what, step=2, place=(Detector, "predict"))
+    sys.argv = [f"{script}.py", *words]
+    run_script(importlib.import_module(script).main)
+
+
+def by_hand(
+    script: str,
+    commands: list[list[object]],
+    logs: Path,
+    what: Callable[[], None] = nothing,
+    port: int = 0,
+    missing: int = 0,
+) -> Job:
+    """A script by processes that were started one by one, each with a command of its own; `what` befalls the second.
+
+    They are forked from a process that has imported everything, which saves seconds of each. `missing` ones of the job
+    are not started.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "train_cross_attention", "test", "predict"])
+    if not port:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+    logs.mkdir()
+    told = {"WORLD_SIZE": len(commands) + missing, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank, words in enumerate(commands):
+        own = {name: str(value) for name, value in (told | {"RANK": rank}).items()}
+        arguments = script, list(map(str, words)), own, logs / str(rank), what
+        started.append(context.Process(target=_process, args=arguments))
+        started[-1].start()
+    for process in started:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    out, err = ("".join(path.read_text() for path in sorted(logs.glob(f"*.{end}"))) for end in ("out", "err"))
+    return Job([process.exitcode for process in started], out, err)
+
+
+def training(root: Path, folder: Path) -> list[object]:
+    """The words of a training."""
+    return [*TRAINING, "--data_root", root, "--save_path", folder]
 
 
 def train_alone(root: Path, folder: Path) -> int:
-    """The same by this process; its exit code."""
+    """A training by this process; its exit code."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        command = ["train_cross_attention", "--resume", REPOSITORY / "ckpt" / "demo" / "base", *TRAINING]
-        return Scripts(monkeypatch, root)(*command, "--save_path", folder)
-
-
-def broken_training(root: Path, folder: Path, program: Path, step: int, rank: int, what: str):
-    """A training by two processes, in one of which something is done at the start of a step."""
-    program.write_text(AT_STEP.format(step=step, rank=rank, what=what))
-    script = ["train_cross_attention.py", "--resume", "ckpt/demo/base", *TRAINING]
-    return call([*TORCHRUN, 2, program, *script, "--data_root", root, "--save_path", folder])
+        return Scripts(monkeypatch, root)("train_cross_attention", *TRAINING, "--save_path", folder)
 
 
 def furthest(first: Path, second: Path) -> float:
@@ -107,11 +189,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-def own_lines(text: str) -> list[str]:
-    """What a program said of its end; torchrun adds a report of its own."""
-    return [line for line in text.splitlines() if line.startswith(("error:", "Stopped by"))]
-
-
 @pytest.fixture(scope="module")
 def alone(partly_masked, tmp_path_factory) -> Path:
     """A run of one process."""
@@ -124,9 +201,9 @@ def alone(partly_masked, tmp_path_factory) -> Path:
 def together(partly_masked, tmp_path_factory) -> Path:
     """The same run of two processes."""
     folder = tmp_path_factory.mktemp("runs") / "together"
-    done = training(2, partly_masked, folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Saved") == 2  # loop_0.pth and loop_1.pth: one process speaks
+    done = torchrun(2, "train_cross_attention.py", *training(partly_masked, folder))
+    assert done.codes == [0], done.err
+    assert done.err.count("Saved") == 2  # loop_0.pth and loop_1.pth: one process speaks
     return folder
 
 
@@ -146,14 +223,15 @@ def test_two_processes_train_what_one_does(alone, together):
 
 
 def test_a_signal_to_one_process_ends_all_and_another_number_goes_on(partly_masked, alone, tmp_path):
-    what = "os.kill(os.getpid(), signal.SIGTERM)"
-    done = broken_training(partly_masked, tmp_path / "x", tmp_path / "program.py", 6, rank=1, what=what)
-    assert done.returncode == 1
-    (line,) = own_lines(done.stderr)
+    program, words = tmp_path / "program.py", training(partly_masked, tmp_path / "x")
+    program.write_text(BEFALLEN.format(what="terminated", step=6))
+    done = torchrun(2, program, "train_cross_attention.py", *words)
+    assert done.codes == [1]
+    (line,) = done.own_lines
     assert line.startswith("Stopped by") and "at loop 1, Stage 2, epoch 1, step 2; the state is saved" in line
-    done = training(3, partly_masked, tmp_path / "x")
-    assert done.returncode == 0, done.stderr
-    assert "Going on at loop 1, Stage 2, epoch 1, step 2." in done.stderr
+    done = by_hand("train_cross_attention", [words] * 3, tmp_path / "logs")
+    assert done.codes == [0, 0, 0], done.err
+    assert "Going on at loop 1, Stage 2, epoch 1, step 2." in done.err
     assert furthest(alone, tmp_path / "x") < 1e-5
     assert len(rows(alone)) == len(rows(tmp_path / "x"))
 
@@ -161,14 +239,22 @@ def test_a_signal_to_one_process_ends_all_and_another_number_goes_on(partly_mask
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "Another process of this job is gone"),
-        ("raise ValueError('part.png: not readable as an image.')", "error: part.png: not readable as an image."),
+        (killed, "Another process of this job is gone"),
+        (failed, "error: part.png: not readable as an image."),
     ],
 )
 def test_a_process_that_fails_ends_all_with_one_message(partly_masked, alone, tmp_path, what, message):
-    done = broken_training(partly_masked, tmp_path / "x", tmp_path / "program.py", 3, rank=1, what=what)
-    assert done.returncode == 1
-    (line,) = own_lines(done.stderr)
+    words = training(partly_masked, tmp_path / "x")
+    if what is killed:  # by torchrun, which ends the others too
+        program = tmp_path / "program.py"
+        program.write_text(BEFALLEN.format(what="killed", step=3))
+        done = torchrun(2, program, "train_cross_attention.py", *words)
+        assert done.codes == [1]
+    else:
+        done = by_hand("train_cross_attention", [words] * 2, tmp_path / "logs", what)
+        assert done.codes == [1, 1]
+    assert len(done.own_lines) == 1, done.err
+    (line,) = done.own_lines
     assert message in line and "The last state is whole" in line
     assert message.removeprefix("error: ") in (tmp_path / "x" / "train.log").read_text()
     # The first process was between two steps, and saves where it was.
@@ -179,9 +265,10 @@ def test_a_process_that_fails_ends_all_with_one_message(partly_masked, alone, tm
 
 
 def test_what_processes_cannot_share_is_refused(partly_masked, tmp_path):
-    done = training(2, partly_masked, tmp_path / "x", "--image_batch_size", "1")
-    assert done.returncode == 1 and not (tmp_path / "x").exists()
-    (line,) = own_lines(done.stderr)
+    words = [*training(partly_masked, tmp_path / "x"), "--image_batch_size", "1"]
+    done = by_hand("train_cross_attention", [words] * 2, tmp_path / "logs")
+    assert done.codes == [2, 2] and not (tmp_path / "x").exists()
+    (line,) = done.own_lines
     assert "error: --image_batch_size 1: 2 processes share a batch, and each needs an image of it." in line
 
 
@@ -204,20 +291,10 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 
 
 def test_processes_with_other_images_are_told_so(partly_masked, tmp_path):
-    """Two machines, each with a data set of its own: their processes are started one by one."""
+    """Two machines, each with a data set of its own."""
     write_small_dataset(tmp_path / "other" / "small", per_kind=6)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    script = [sys.executable, "train_cross_attention.py", "--resume", "ckpt/demo/base", *TRAINING]
-    started = []
-    for rank, root in enumerate((partly_masked, tmp_path / "other")):
-        told = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-        told |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
-        command = [*script, "--data_root", str(root), "--save_path", str(tmp_path / "x")]
-        env = {**os.environ, **{name: str(value) for name, value in told.items()}}
-        started.append(subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True))
-    lines = [own_lines(process.communicate(timeout=120)[1]) for process in started]
-    (line,) = lines[0] + lines[1]
+    commands = [training(root, tmp_path / "x") for root in (partly_masked, tmp_path / "other")]
+    (line,) = by_hand("train_cross_attention", commands, tmp_path / "logs").own_lines
     assert "The processes of this job differ in images to train on" in line and "the same files" in line
     assert not (tmp_path / "x").exists()
 
@@ -225,11 +302,9 @@ def test_processes_with_other_images_are_told_so(partly_masked, tmp_path):
 def test_a_port_in_use_is_said(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        told = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = call([sys.executable, "test.py", "--ckpt", "ckpt/demo/base"], **told)
-    assert done.returncode == 2
-    (line,) = own_lines(done.stderr)
+        done = by_hand("test", [["--ckpt", "ckpt/demo/base"]], tmp_path / "logs", port=port, missing=1)
+    assert done.codes == [2]
+    (line,) = done.own_lines
     assert f"2 processes were to meet at 127.0.0.1:{port}" in line and "the port is in use" in line
 
 
@@ -237,14 +312,27 @@ def test_two_processes_test_what_one_does(partly_masked, alone, tmp_path, monkey
     flags = ["--ckpt", alone / "loop_1.pth", "--dataset", "small", "--device", "cpu"]
     flags += ["--batch_size", "3", "--resamples", "20"]  # the last round has one batch
     assert Scripts(monkeypatch, partly_masked)("test", *flags, "--save_path", tmp_path / "0") == 0
-    script = ["test.py", *flags, "--data_root", partly_masked, "--save_path", tmp_path / "1"]
-    done = call([*TORCHRUN, 2, *script])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == capsys.readouterr().out
+    words = [*flags, "--data_root", partly_masked, "--save_path", tmp_path / "1"]
+    done = by_hand("test", [words] * 2, tmp_path / "logs")
+    assert done.codes == [0, 0], done.err
+    assert done.out == capsys.readouterr().out
     files = sorted(path.relative_to(tmp_path / "0") for path in (tmp_path / "0").rglob("*.*"))
     assert len(files) == 6
     for path in files:
         assert (tmp_path / "0" / path).read_bytes() == (tmp_path / "1" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [(killed, "error: Another process of this job is gone"), (terminated, "Stopped by SIGTERM")]
+)
+def test_a_test_that_fails_says_so_once(partly_masked, alone, tmp_path, what, said):
+    words = ["--ckpt", alone / "loop_1.pth", "--dataset", "small", "--data_root", partly_masked, "--device", "cpu"]
+    words += ["--batch_size", "3", "--save_path", tmp_path / "results"]
+    done = by_hand("test", [words] * 2, tmp_path / "logs", what)
+    assert done.codes == [1, -signal.SIGKILL if what is killed else 1], done.err
+    (line,) = done.own_lines
+    assert line.startswith(said)
+    assert not list((tmp_path / "results").rglob("*.csv"))
 
 
 def test_two_processes_predict_what_one_does(partly_masked, alone, tmp_path, monkeypatch, capsys):
@@ -255,10 +343,10 @@ def test_two_processes_predict_what_one_does(partly_masked, alone, tmp_path, mon
     images = [broken, tmp_path / "also broken.png", *sorted(folder.glob("1_?.png"))]
     flags = ["--ckpt", alone, "--device", "cpu", "--images", *images, "--save_path"]
     assert Scripts(monkeypatch, partly_masked)("predict", *flags, tmp_path / "0") == 1
-    done = call([*TORCHRUN, 2, "predict.py", *flags, tmp_path / "1"])
-    assert done.returncode == 1
-    assert f"2 of 7 images could not be judged: {broken}, {tmp_path / 'also broken.png'}" in done.stderr
-    assert done.stdout == capsys.readouterr().out
+    done = by_hand("predict", [[*flags, tmp_path / "1"]] * 2, tmp_path / "logs")
+    assert done.codes == [1, 1]
+    assert f"2 of 7 images could not be judged: {broken}, {tmp_path / 'also broken.png'}" in done.err
+    assert done.out == capsys.readouterr().out
     names = [sorted(path.name for path in (tmp_path / number).iterdir()) for number in ("0", "1")]
     assert names[0] == names[1] and len(names[0]) == 1 + 5 * 3  # the table, and of each image a picture and two maps
     for name in names[0]:
@@ -267,6 +355,28 @@ def test_two_processes_predict_what_one_does(partly_masked, alone, tmp_path, mon
             assert np.array_equal(np.load(first), np.load(second))
         else:
             assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_signal_does_not_cut_off_why_a_process_ends(monkeypatch):
+    """torchrun sends SIGTERM a moment after another process is gone, while this one is about to say so."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        end_by_words()
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            raise ValueError("part.png")
+        except ValueError:
+            signal.raise_signal(signal.SIGTERM)
+        stop = StopSignal()
+        with pytest.raises(ValueError), stop:
+            raise ValueError("part.png")
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_parts_of_batches(monkeypatch):

@@ -104,6 +104,7 @@ def test_what_a_silent_base_has_seen_is_unknown(scripts, base, tmp_path, other_r
     assert read_csv(folder / "base_other.csv")[0]["trained_on_this_data_set"] == "unknown"
 
 
+@pytest.mark.usefixtures("no_estimates")
 def test_arguments_from_a_file(scripts, data_root, tmp_path, capsys):
     recipe = tmp_path / "recipe.args"
     lines = ["# a comment", "--dataset small --model_name demo", "", r"--text_epoch 3 --save_path D:\runs\a#1"]
@@ -119,6 +120,7 @@ def test_arguments_from_a_file(scripts, data_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])  # as Windows' PowerShell writes
+@pytest.mark.usefixtures("no_estimates")
 def test_a_file_of_arguments_is_used_from_anywhere(scripts, base, tmp_path, monkeypatch, capsys, encoding):
     shutil.copytree(base, tmp_path / "recipes" / "bases" / "b")
     (tmp_path / "recipes" / "rates.args").write_text("--text_lr 0.25", encoding="utf-8")

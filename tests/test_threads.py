@@ -1,5 +1,6 @@
 """How threads wait: chosen before PyTorch is there, from what else runs, unless the user has chosen."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model.weights import REPOSITORY
 from utils import arguments, threads
 
 SCRIPTS = ("train", "train_cross_attention", "test", "predict", "pretrain_demo")
@@ -39,16 +41,16 @@ def test_nothing_is_chosen_where_pytorch_is_there_already(monkeypatch):
     assert threads.WAIT_POLICY not in os.environ
 
 
-def test_every_script_chooses_before_it_imports_pytorch():
-    program = (
-        "import importlib, sys\n"
-        "name = sys.argv[1]\n"
-        "importlib.import_module(name)\n"
-        "order = list(sys.modules)\n"
-        "assert order.index('utils.threads') < order.index('torch'), name\n"
-    )
-    for script in SCRIPTS:
-        subprocess.run([sys.executable, "-c", program, script], check=True)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_chooses_before_it_imports_anything_else(script):
+    tree = ast.parse((REPOSITORY / f"{script}.py").read_text(encoding="utf-8"))
+    first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert [name.name for name in first.names] == ["utils.threads"]
+
+
+def test_the_choice_needs_no_pytorch():
+    program = "import sys, utils.threads\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
 
 def test_the_number_of_threads_is_taken(monkeypatch):

@@ -8,10 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_curve
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,11 @@ def fit(
     Both kinds weigh the same, whatever their numbers. The threshold has the highest F1 on these images; it lies halfway
     to the next lower probability, at 0 where there is none.
     """
+    # Here, because what only reads a calibration would wait a second for scikit-learn.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     kinds = np.asarray(labels)
     if len(set(kinds.tolist())) < 2:
         return None
@@ -74,6 +75,8 @@ def fit(
 
 
 def _best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, thresholds = precision_recall_curve(labels, probabilities)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = thresholds[f1[:-1].argmax()]

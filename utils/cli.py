@@ -13,6 +13,7 @@ from dataset.commands import reader_left
 from utils import processes
 from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, message_of
 from utils.logs import setup_logging
+from utils.signals import end_by_words
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
     # A table that is redirected to a file on Windows may hold names that its encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if processes.count() > 1:
+        end_by_words()
     try:
         if processes.count() > 1 and not several:
             raise ValueError("this program runs in one process: start it without torchrun.")
@@ -74,8 +77,9 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
             processes.speaks(repr(error))
             raise
         code = _end(1, f"error: {lost}")
-    except KeyboardInterrupt:
-        code = _end(1, "Stopped.")
+    except KeyboardInterrupt as error:
+        by = f" by {error}, which torchrun sends to all where one process is gone" if str(error) else ""
+        code = _end(1, f"Stopped{by}.")
     except Exception as error:  # a fault of the program: its traceback says why the job ends
         processes.speaks(repr(error))
         raise

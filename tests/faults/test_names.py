@@ -308,6 +308,7 @@ def test_a_file_of_arguments_that_has_no_end(scripts, base, tmp_path, capsys, wr
     assert time.monotonic() - started < 3 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_estimates")
 def test_a_dry_run_writes_nothing(scripts, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with io.StringIO() as said, pytest.MonkeyPatch.context() as patched:

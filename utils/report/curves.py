@@ -94,7 +94,9 @@ def _training_figure(rows: list[dict[str, str]], run: str) -> Figure:
         "update per step": ("update_",),
         "added term / input": ("added_",),
     }
-    figure = Figure(figsize=(20, 6), layout="constrained")
+    figure = Figure(figsize=(20, 6))
+    # Given, not found by a layout engine, which draws all of it twice: a training draws it after each loop.
+    figure.subplots_adjust(left=0.03, right=0.94, bottom=0.07, top=0.9, wspace=0.75, hspace=0.3)
     grid = figure.subplots(2, len(subjects))
     for number, line in enumerate(grid, start=1):
         stage = [row for row in rows if row["stage"] == str(number)]

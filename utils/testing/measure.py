@@ -89,7 +89,7 @@ def scores_by_class(
 
     Where there are several processes, they take the batches in turns, and the first one alone is given the classes.
     """
-    records, many = bench.records, bench.batching.batch_size
+    records, batch_size = bench.records, bench.batching.batch_size
     firsts: dict[str, int] = {}
     lasts: dict[str, int] = {}
     for number, record in enumerate(records):
@@ -99,12 +99,12 @@ def scores_by_class(
     predictions = bench.predictions(contenders, records, after_batch, take=processes.own_turns)
     emptied = 0
     with progress(total=len(records), desc=bench.data.name, unit="image") as bar:
-        for start in range(0, len(records), many * processes.count()):
-            stop = min(start + many * processes.count(), len(records))
-            own = start + many * processes.number()
+        for start in range(0, len(records), batch_size * processes.count()):
+            stop = min(start + batch_size * processes.count(), len(records))
+            own = start + batch_size * processes.number()
             batch, found = next(predictions, (None, []))  # the last round may have fewer batches than processes
             begun = [name for name, first in firsts.items() if start <= first < stop]
-            here = {name: firsts[name] - own for name in begun if own <= firsts[name] < own + many}
+            here = {name: firsts[name] - own for name in begun if own <= firsts[name] < own + batch_size}
             in_hand |= _begin(bench, contenders, begun, {n: [p.maps[row] for p in found] for n, row in here.items()})
             if batch is not None:
                 emptied += int(batch["emptied"].sum())

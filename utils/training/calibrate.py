@@ -37,10 +37,11 @@ def calibrate(
     settings = plan.settings
     held_out = bool(data.held_out) and not _base_saw_held_out(plan.base, settings)
     records = _draw_kinds(data.held_out or data.train, IMAGES_OF_A_KIND, settings.seed)
-    backbone, many = detector.model.backbone, settings.text_batch_size
+    backbone, batch_size = detector.model.backbone, settings.text_batch_size
     images = data.images(records, Transform(backbone.img_size))
-    loader = make_loader(images, many, num_workers, device=backbone.device, take=processes.own_turns)
-    batches = progress(loader, desc="calibration", leave=False, total=math.ceil(len(images) / many / processes.count()))
+    loader = make_loader(images, batch_size, num_workers, device=backbone.device, take=processes.own_turns)
+    turns = math.ceil(len(images) / batch_size / processes.count())
+    batches = progress(loader, desc="calibration", leave=False, total=turns)
     own = []
     for batch, (found,) in judge_batches([detector], batches, after_batch):
         maps = found.maps.flatten(1)
@@ -48,8 +49,8 @@ def calibrate(
         own[-1].append(batch["label"].tolist())
     if not (parts := processes.for_first(own)):
         return None
-    turns = [batch for turn in zip_longest(*parts) for batch in turn if batch]  # in the order of the images
-    scores, highest, lowest, labels = (list(chain(*column)) for column in zip(*turns, strict=True))
+    in_order = [batch for turn in zip_longest(*parts) for batch in turn if batch]
+    scores, highest, lowest, labels = (list(chain(*column)) for column in zip(*in_order, strict=True))
     fitted = calibration.fit(scores, highest, labels, map_range=(min(lowest), max(highest)), held_out=held_out)
     if fitted is None:
         logger.warning("No calibration: the images are all of one kind, so a decision cannot be fitted.")

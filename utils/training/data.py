@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dataset.loading import AnomalyDataset, ImageCache, cache_images
@@ -58,18 +59,16 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
     with processes.first_ahead():
         prepare(settings.dataset, where, links)
         data = open_dataset(settings.dataset, where, settings.domain, settings.class_name, links, machine.skip_broken)
-    listed = data.records
-    data = replace(data, records=processes.once_here(lambda: with_bits(data.folder, listed, settings.bits)))
+    folder = data.folder
+    data = replace(data, records=processes.once_here(partial(with_bits, folder, data.records, settings.bits)))
     if machine.skip_broken:  # before any are drawn, or held out
-        known = data.records
-        data = replace(data, records=processes.once_here(lambda: survey(data.folder, known, skip_broken=True)))
-    resized = _resized_images(machine, data.folder, settings.augment, img_size)
+        data = replace(data, records=processes.once_here(partial(survey, folder, data.records, skip_broken=True)))
+    resized = _resized_images(machine, folder, settings.augment, img_size)
     records = data.records
     if settings.shot is not None:
         records = draw_few_shot(data, settings.shot, settings.seed, settings.class_name)
     if not machine.skip_broken:
-        drawn = records
-        records = processes.once_here(lambda: survey(data.folder, drawn))
+        records = processes.once_here(partial(survey, folder, records))
     if settings.reduced_jpeg:  # after the files were seen whole
         records = with_reduced_jpeg(records, img_size)
     train, held_out = _divide(records, settings)
@@ -77,10 +76,10 @@ def load_training_data(settings: Settings, machine: Machine, img_size: int, in_m
         counts = f"{len(train)} images to train on and {len(held_out)} held out"
         raise ValueError(f"--val_fraction {settings.val_fraction}: leaves {counts}.")
     first = Transform(img_size, augment=settings.augment)
-    cached = cache_images(data.folder, records, first, processes.count_here()) if in_memory else None
+    cached = cache_images(folder, records, first, processes.count_here()) if in_memory else None
     cache = cached or resized
     _report_maskless(train)
-    return TrainingData(data.folder, data.domain, train, held_out, data.descriptions, cache)
+    return TrainingData(folder, data.domain, train, held_out, data.descriptions, cache)
 
 
 def _resized_images(machine: Machine, folder: Path, augment: str, img_size: int) -> ResizedImages | None:
