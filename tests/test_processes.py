@@ -29,6 +29,7 @@ from utils.signals import SIGNALS, StopSignal, end_by_words
 from utils.training.steps import _own_pieces
 from utils.training.trainer import Trainer
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forked processes, and their signals")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 # 20 images, 4 of them held out, some without a mask: four batches of five, whose last has one image for two processes.
 TRAINING = ["--resume", REPOSITORY / "ckpt" / "demo" / "base", "--dataset", "small", "--device", "cpu", "--loops", "1"]
