@@ -207,7 +207,7 @@ def judge_all(
     Where there are several processes, each judges the images whose turn is its own.
     """
     turns = list(processes.own_turns(images.items()))
-    for path, stem in progress(turns, desc="images", unit="image"):
+    for path, stem in progress(turns, desc=f"images{processes.share()}", unit="image"):
         try:
             image = detectors[0].read(path)
             verdicts = [detector(image) for detector in detectors]
@@ -328,9 +328,10 @@ def main() -> int:
         extremes, scaled_by = calibrated_extremes(detectors, seen, "all images of this call")
         judged = [(path, stem) for path, stem in images.items() if path not in failed]
         own_turns = list(processes.own_turns(enumerate(judged)))
-        for number, (path, stem) in progress(own_turns, desc="pictures", unit="image"):
+        for number, (path, stem) in progress(own_turns, desc=f"pictures{processes.share()}", unit="image"):
             own = rows[number * len(detectors) : (number + 1) * len(detectors)]
             draw(path, own, extremes, scaled_by, args.save_path, stem, args.bits)
+        processes.wait()  # one that is gone has not drawn its own
         logger.info("Wrote predictions.csv, pictures and maps (.npy) to %s", args.save_path)
     if failed and processes.is_first():
         logger.error("%d of %d images could not be judged: %s", len(failed), len(images), ", ".join(map(str, failed)))

@@ -159,10 +159,10 @@ class AdaptedCLIP(nn.Module):
         `first`: the tokens after the frozen block 0, where they are known.
         """
         backbone = self.backbone
-        first = backbone.first_image_block(images) if first is None else first
+        # Inside the call, so that nothing holds these tokens while the blocks run.
         x, levels = run_blocks(
             backbone.image_blocks,
-            self.after_image_block(0, first, text_context),
+            self.after_image_block(0, backbone.first_image_block(images) if first is None else first, text_context),
             start=1,
             after_block=lambda index, tokens: self.after_image_block(index, tokens, text_context),
             keep=backbone.levels,

@@ -5,15 +5,18 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +26,9 @@ from model.weights import REPOSITORY
 from tests.conftest import Scripts, tensors, write_small_dataset
 from utils import checkpoints, processes
 from utils.cli import run_script
-from utils.judging import Detector
 from utils.machine import device_of
 from utils.signals import SIGNALS, StopSignal, end_by_words
 from utils.training.steps import _own_pieces
-from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forked processes, and their signals")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -36,6 +37,7 @@ TRAINING = ["--resume", REPOSITORY / "ckpt" / "demo" / "base", "--dataset", "sma
 TRAINING += ["--text_epoch", "1", "--image_epoch", "1"]
 TRAINING += ["--text_batch_size", "5", "--image_batch_size", "5", "--val_fraction", "0.2", "--lr_schedule", "cosine"]
 TRAINING += ["--eval_dataset", "small"]
+TRAIN_STEP = "utils.training.trainer:Trainer", "train_step"
 # Runs a script, which something befalls.
 BEFALLEN = """
 import runpy, sys
@@ -83,17 +85,21 @@ def failed() -> None:
 def nothing() -> None: ...
 
 
-def befall(what: Callable[[], None], step: int, place: tuple[type, str] = (Trainer, "train_step")) -> None:
-    """Have something happen in the second process at the start of a step of its work, counted from 1."""
-    original, calls = getattr(*place), []
+def befall(what: Callable[[], None], step: int, place: tuple[str, str] = TRAIN_STEP) -> None:
+    """Have something happen in the second process at the start of a step of its work, counted from 1.
 
-    def begin(self, *arguments, **named):
+    `place`: what has the function that does a step, and its name.
+    """
+    owner, name = pkgutil.resolve_name(place[0]), place[1]
+    original, calls = getattr(owner, name), []
+
+    def begin(*arguments, **named):
         calls.append(1)
         if len(calls) == step and processes.number() == 1:
             what()
-        return original(self, *arguments, **named)
+        return original(*arguments, **named)
 
-    setattr(*place, begin)
+    setattr(owner, name, begin)
 
 
 class Job:
@@ -116,17 +122,14 @@ def torchrun(number: int, *command: object) -> Job:
     return Job([done.returncode], done.stdout, done.stderr)
 
 
-def _process(script: str, words: list[str], told: dict[str, str], log: Path, what: Callable[[], None]) -> None:
-    """What a process of a job does."""
+def _process(script: str, words: list[str], told: dict[str, str], log: Path, fate: tuple[Any, ...]) -> None:
+    """What a process of a job does, and what befalls it."""
     for number, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(log.with_suffix(f".{end}"), os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
     os.environ |= told
     os.chdir(REPOSITORY)
-    if script == "train_cross_attention":
-        befall(what, step=3)
-    else:
-        befall(what, step=2, place=(Detector, "predict"))
+    befall(*fate)
     sys.argv = [f"{script}.py", *words]
     run_script(importlib.import_module(script).main)
 
@@ -135,11 +138,11 @@ def by_hand(
     script: str,
     commands: list[list[object]],
     logs: Path,
-    what: Callable[[], None] = nothing,
+    fate: tuple[Any, ...] = (nothing, 1),
     port: int = 0,
     missing: int = 0,
 ) -> Job:
-    """A script by processes that were started one by one, each with a command of its own; `what` befalls the second.
+    """A script by processes that were started one by one, each with a command of its own; `fate` as in `befall`.
 
     They are forked from a process that has imported everything, which saves seconds of each. `missing` ones of the job
     are not started.
@@ -155,7 +158,7 @@ def by_hand(
     started = []
     for rank, words in enumerate(commands):
         own = {name: str(value) for name, value in (told | {"RANK": rank}).items()}
-        arguments = script, list(map(str, words)), own, logs / str(rank), what
+        arguments = script, list(map(str, words)), own, logs / str(rank), fate
         started.append(context.Process(target=_process, args=arguments))
         started[-1].start()
     for process in started:
@@ -204,6 +207,7 @@ def together(partly_masked, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "together"
     done = torchrun(2, "train_cross_attention.py", *training(partly_masked, folder))
     assert done.codes == [0], done.err
+    assert "2 processes share each batch." in (folder / "train.log").read_text()
     assert done.err.count("Saved") == 2  # loop_0.pth and loop_1.pth: one process speaks
     return folder
 
@@ -252,11 +256,11 @@ def test_a_process_that_fails_ends_all_with_one_message(partly_masked, alone, tm
         done = torchrun(2, program, "train_cross_attention.py", *words)
         assert done.codes == [1]
     else:
-        done = by_hand("train_cross_attention", [words] * 2, tmp_path / "logs", what)
+        done = by_hand("train_cross_attention", [words] * 2, tmp_path / "logs", (what, 3))
         assert done.codes == [1, 1]
     assert len(done.own_lines) == 1, done.err
     (line,) = done.own_lines
-    assert message in line and "The last state is whole" in line
+    assert message in line and "The last state is whole" in line and "pair.cc" not in line
     assert message.removeprefix("error: ") in (tmp_path / "x" / "train.log").read_text()
     # The first process was between two steps, and saves where it was.
     assert checkpoints.read(tmp_path / "x" / "state.pth")["position"] == (1, "text", 0, 2)
@@ -323,13 +327,22 @@ def test_two_processes_test_what_one_does(partly_masked, alone, tmp_path, monkey
         assert (tmp_path / "0" / path).read_bytes() == (tmp_path / "1" / path).read_bytes(), path
 
 
+def test_pictures_of_a_process_that_is_gone_are_not_claimed(partly_masked, alone, tmp_path):
+    images = sorted((partly_masked / "small" / "candle").glob("?_?.png"))
+    words = ["--ckpt", alone, "--device", "cpu", "--images", *images, "--save_path", tmp_path / "out"]
+    done = by_hand("predict", [words] * 2, tmp_path / "logs", (killed, 2, ("predict", "draw")))
+    assert done.codes == [1, -signal.SIGKILL]
+    (line,) = done.own_lines
+    assert line.startswith("error: Another process of this job is gone") and "Wrote" not in done.err
+
+
 @pytest.mark.parametrize(
     ("what", "said"), [(killed, "error: Another process of this job is gone"), (terminated, "Stopped by SIGTERM")]
 )
 def test_a_test_that_fails_says_so_once(partly_masked, alone, tmp_path, what, said):
     words = ["--ckpt", alone / "loop_1.pth", "--dataset", "small", "--data_root", partly_masked, "--device", "cpu"]
     words += ["--batch_size", "3", "--save_path", tmp_path / "results"]
-    done = by_hand("test", [words] * 2, tmp_path / "logs", what)
+    done = by_hand("test", [words] * 2, tmp_path / "logs", (what, 2, ("utils.judging:Detector", "predict")))
     assert done.codes == [1, -signal.SIGKILL if what is killed else 1], done.err
     (line,) = done.own_lines
     assert line.startswith(said)
@@ -366,10 +379,14 @@ def test_a_signal_does_not_cut_off_why_a_process_ends(monkeypatch):
         end_by_words()
         with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
             signal.raise_signal(signal.SIGTERM)
-        try:
-            raise ValueError("part.png")
-        except ValueError:
-            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            try:
+                raise ValueError("part.png")
+            except ValueError:
+                signal.raise_signal(signal.SIGTERM)
+                said = "part.png"
+            time.sleep(10)  # it comes again
+        assert said == "part.png"
         stop = StopSignal()
         with pytest.raises(ValueError), stop:
             raise ValueError("part.png")

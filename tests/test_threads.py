@@ -62,6 +62,17 @@ def test_the_number_of_threads_is_taken(monkeypatch):
     assert taken == [3]
 
 
+def test_more_threads_than_processors_are_said(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(arguments, "take_pixels", lambda most: None)
+    monkeypatch.setattr(arguments, "own_processors", lambda: 2)
+    for number in (2, 1000):
+        arguments.take_machine(SimpleNamespace(max_pixels=1000, threads=number, tf32=False, device="cpu"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--threads 1000: they hold each other up on 2 processors."
+    ]
+
+
 def test_the_look_sees_a_busy_program():
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
         try:

@@ -21,7 +21,7 @@ from dataset.words import printable
 from model.adapter_cross_attention import ModelConfig, model_fields
 from model.weights import WEIGHT_FOLDERS
 from utils import processes
-from utils.machine import Machine, default_device, default_workers, is_cuda, take_tf32
+from utils.machine import Machine, default_device, default_workers, is_cuda, own_processors, take_tf32
 from utils.options import add_fields, add_flag, at_least
 
 logger = logging.getLogger(__name__)
@@ -250,6 +250,8 @@ def take_machine(args: argparse.Namespace) -> None:
     take_pixels(args.max_pixels)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+        if args.threads > (there := own_processors()):
+            logger.warning("--threads %d: they hold each other up on %d processors.", args.threads, there)
     take_tf32(args.tf32 and is_cuda(args.device))
     if args.tf32 and not is_cuda(args.device):
         logger.warning("--tf32: changes nothing on %s; expected a GPU of CUDA.", args.device)

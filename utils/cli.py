@@ -13,7 +13,7 @@ from dataset.commands import reader_left
 from utils import processes
 from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, message_of
 from utils.logs import setup_logging
-from utils.signals import end_by_words
+from utils.signals import end_by_words, ignore_signals, stopped_by
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ def _end(code: int, text: str, level: int = logging.ERROR) -> int:
         logger.log(level if processes.is_first() else logging.ERROR, "%s", text)
     else:
         logger.debug("%s\n%s", processes.spoken(), text)
-    logger.debug("Where it happened:", exc_info=True)
+    if level == logging.ERROR:
+        logger.debug("Where it happened:", exc_info=True)
     return code
 
 
@@ -78,9 +79,10 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
             raise
         code = _end(1, f"error: {lost}")
     except KeyboardInterrupt as error:
-        by = f" by {error}, which torchrun sends to all where one process is gone" if str(error) else ""
-        code = _end(1, f"Stopped{by}.")
+        code = _end(1, f"{stopped_by(str(error)) if str(error) else 'Stopped'}.")
     except Exception as error:  # a fault of the program: its traceback says why the job ends
         processes.speaks(repr(error))
         raise
+    if processes.count() > 1:
+        ignore_signals()
     sys.exit(code)

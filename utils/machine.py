@@ -55,7 +55,7 @@ def _own_gpu(name: str) -> str:
     if name != "cuda":
         raise ValueError(f"--device {name}: several processes cannot share it. Give cuda, and each takes one.")
     there, needed = torch.cuda.device_count(), processes.count_here()
-    if there < needed:
+    if 0 < there < needed:
         raise ValueError(f"--device cuda: {needed} processes on a machine with {there} GPUs. Start one for each.")
     return f"cuda:{processes.number_here()}"
 
@@ -70,6 +70,11 @@ def is_cuda(device_name: str) -> bool:
     return device_name.startswith("cuda")
 
 
+def own_processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(device_name: str) -> int:
     """How many processes read images for a device: on a GPU its share of the processors that this process may use.
 
@@ -77,8 +82,7 @@ def default_workers(device_name: str) -> int:
     """
     if not is_cuda(device_name):
         return 0
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(own // processes.count_here(), 1), MOST_WORKERS)
+    return min(max(own_processors() // processes.count_here(), 1), MOST_WORKERS)
 
 
 def take_tf32(wanted: bool) -> None:

@@ -5,6 +5,8 @@ Where there is one process, it is the first of one, and all that is asked here i
 
 import os
 import platform
+import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +27,10 @@ T = TypeVar("T")
 TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Minutes that processes wait to find each other, and then for what another one does alone.
 TO_MEET, TO_WAIT = 5, 30
-# Where the process that says why the job ends leaves its number and its words.
-SPEAKER, WORDS = "speaker", "words"
+# Where the process that says why the job ends leaves its number and its words, and how many have heard them.
+SPEAKER, WORDS, HEARD = "speaker", "words", "heard"
+# Seconds that the process which holds these stays for the others.
+TO_HEAR = 2
 
 _store: Any = None  # what all processes can read and write, while they are joined
 
@@ -96,16 +100,29 @@ def speaks(words: str) -> bool:
         speaker = _store.compare_set(SPEAKER, "", own).decode()
         if speaker == own:
             _store.set(WORDS, words)
+            if not is_first():
+                _store.add(HEARD, 1)
+        if is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _wait_for_listeners()
     except RuntimeError:  # it went with the process that held it
         return True
     return speaker == own
+
+
+def _wait_for_listeners() -> None:
+    """What all can read ends with the first process, unless torchrun holds it: a moment for the others to read it."""
+    end = time.monotonic() + TO_HEAR
+    while _store.add(HEARD, 0) < count() - 1 and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def spoken() -> str:
     """What another process said of why the job ends."""
     try:
         _store.wait([WORDS], timedelta(seconds=1))
-        return _store.get(WORDS).decode()
+        words = _store.get(WORDS).decode()
+        _store.add(HEARD, 1)
+        return words
     except RuntimeError:
         return "Another process said why the job ends."
 
@@ -116,7 +133,7 @@ def lost_words(error: RuntimeError) -> str | None:
         return None
     if "imed out" in str(error):
         return f"Another process of this job was not heard of for {TO_WAIT} minutes: it hangs, or its machine is gone."
-    reason = shorten(str(error), 160)
+    reason = shorten(re.sub(r"\[\S+\.cc:\d+\] ", "", str(error)), 120)  # without where it is in PyTorch's source
     return f"Another process of this job is gone: killed, perhaps for its memory, or with its machine. ({reason})"
 
 
@@ -166,6 +183,11 @@ def first_ahead() -> Iterator[None]:
     yield
     if is_first():
         wait()
+
+
+def share() -> str:
+    """Behind what a progress bar of this process counts, where others have their own."""
+    return f" (1 of {count()} parts)" if count() > 1 else ""
 
 
 def wait() -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from threading import Timer
 from types import FrameType
 
 from utils import processes
@@ -10,6 +11,8 @@ from utils.errors import TrainingStoppedError
 STOPS = (signal.SIGINT, signal.SIGTERM)
 # A terminal that closes, which nohup has a job ignore; on Windows Ctrl-Break, and a console that closes.
 SIGNALS = [*STOPS, *(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))]
+# Seconds after which a signal that came at an awkward moment comes again.
+AGAIN = 0.2
 
 
 def end_by_words() -> None:
@@ -20,8 +23,24 @@ def end_by_words() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if sys.exc_info()[0] is None:  # else it ends already, and has still to say so
+    if sys.exc_info()[0] is None:
         raise KeyboardInterrupt(signal.Signals(number).name)
+    # It may end already, and have still to say so.
+    again = Timer(AGAIN, signal.raise_signal, [number])
+    again.daemon = True
+    again.start()
+
+
+def ignore_signals() -> None:
+    """For a process that has said all it has to say."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stopped_by(name: str) -> str:
+    """How a process says which signal stopped it."""
+    told = processes.count() > 1 and name == "SIGTERM"
+    return f"Stopped by {name}" + (", which torchrun sends to all where one process is gone" if told else "")
 
 
 class StopSignal:
@@ -51,4 +70,4 @@ class StopSignal:
     def check(self) -> None:
         """Raise TrainingStoppedError where a signal came; for work that is simply done again."""
         if self.received:
-            raise TrainingStoppedError(f"Stopped by {self.received}. The same command goes on from here.")
+            raise TrainingStoppedError(f"{stopped_by(self.received)}. The same command goes on from here.")

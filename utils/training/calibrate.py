@@ -41,7 +41,7 @@ def calibrate(
     images = data.images(records, Transform(backbone.img_size))
     loader = make_loader(images, batch_size, num_workers, device=backbone.device, take=processes.own_turns)
     turns = math.ceil(len(images) / batch_size / processes.count())
-    batches = progress(loader, desc="calibration", leave=False, total=turns)
+    batches = progress(loader, desc=f"calibration{processes.share()}", leave=False, total=turns)
     own = []
     for batch, (found,) in judge_batches([detector], batches, after_batch):
         maps = found.maps.flatten(1)

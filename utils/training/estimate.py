@@ -233,7 +233,7 @@ def estimates(plan: Plan, recompute: bool = False, pieces: int = 1) -> list[Esti
     rehearsal, found = Rehearsal(plan.config, plan.settings, recompute, pieces), []
     kinds: dict[str, Stage | None] = {}
     for stage in plan.stages:
-        looks = f", features {stage.features.replace('frozen', 'frozen CLIP')}" if stage.features else ""
+        looks = f", {stage.features.replace('frozen', 'frozen CLIP')}" if stage.features else ""
         looks += ", kept" if stage.features and plan.settings.cache_features else ""
         kinds.setdefault(f"{stage.title}{looks}", stage)
     for title, kind in {**kinds, "evaluation": None}.items():
@@ -242,6 +242,10 @@ def estimates(plan: Plan, recompute: bool = False, pieces: int = 1) -> list[Esti
         per_image = (double.peak - cost.peak) / size
         found.append(Estimate(title, size, cost, cost.peak - per_image * size, per_image))
     return found
+
+
+def _short(number: float) -> str:
+    return f"{number:6,.0f}" if number >= 100 else f"{number:6.3g}"
 
 
 def describe_estimates(plan: Plan, tflops: float | None = None, recompute: bool = False, pieces: int = 1) -> str:
@@ -254,22 +258,27 @@ def describe_estimates(plan: Plan, tflops: float | None = None, recompute: bool 
     width = max(len(row.title) for row in rows)
     lines = [
         f"What to expect ({config.model_name}, {config.img_size} px, {precision}; computed, not measured)",
-        f"  {'':{width}}  batch  GFLOP/step  GFLOP/image  images/s  kept GiB  peak GiB"
-        + "".join(f"  in {card:2} GiB" for card in CARDS),
+        f"  {'':{width}}         GFLOP/  GFLOP/  images  activations  peak  largest batch in GiB",
+        f"  {'':{width}}  batch    step   image      /s          GiB   GiB" + "".join(f"  {card:6}" for card in CARDS),
     ]
     for row in rows:
         cost, rate = row.cost, speed * 1e12 / row.image_flops
         lines.append(
-            f"  {row.title:{width}}  {row.batch_size:5}  {cost.flops / 1e9:10,.0f}  {row.image_flops / 1e9:11,.1f}  "
-            f"{rate:8.3g}  {cost.kept / GIB:8.2f}  {cost.peak / GIB:8.2f}"
-            + "".join(f"  {row.largest_batch(card):9,}" for card in CARDS)
+            f"  {row.title:{width}}  {row.batch_size:5}  {_short(cost.flops / 1e9)}  {_short(row.image_flops / 1e9)}  "
+            f"{_short(rate)}  {cost.kept / GIB:11.2f}  {cost.peak / GIB:4.1f}"
+            + "".join(f"  {row.largest_batch(card):6,}" for card in CARDS)
         )
-    named = "" if tflops else f", as an H100 reached in {precision}; --device_tflops names another speed"
-    return "\n".join(
-        [
-            *lines,
-            f"  images/s  at {speed:g} TFLOP/s{named}; reading images is not counted",
-            f"  kept      for the backward pass, beside the weights ({rows[0].cost.weights / GIB:.2f} GiB)",
-            f"  in N GiB  the largest batch that fits in a GPU of N GiB, {RESERVED:g} GiB of it left to CUDA",
-        ]
-    )
+    named = "" if tflops else f", as an H100 reached in {precision} (--device_tflops: another speed)"
+    notes = [
+        f"  images/s: at {speed:g} TFLOP/s{named}",
+        f"  activations: what the backward pass needs, beside the weights ({rows[0].cost.weights / GIB:.2f} GiB)",
+        f"  largest batch: that fits in a GPU of so many GiB, {RESERVED:g} GiB of it left to CUDA",
+    ]
+    if plan.settings.cache_features:
+        notes.append(
+            "  kept: once a loop all images are looked at first, for what a step costs without --cache_features"
+        )
+    if recompute or pieces > 1:
+        flags = ["--grad_checkpointing"] * recompute + [f"--accumulate {pieces} (Stage 2)"] * (pieces > 1)
+        notes.append(f"  with {' and '.join(flags)}")
+    return "\n".join([*lines, *notes])

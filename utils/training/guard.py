@@ -13,6 +13,8 @@ from utils.signals import StopSignal
 
 # How PyTorch's CPU allocator puts it, on every system.
 OUT_OF_MEMORY = "you tried to allocate"
+# Of a failure that has its cause elsewhere.
+WHOLE = "The last state is whole, in {}: the same command goes on from there."
 
 
 @contextmanager
@@ -32,9 +34,9 @@ def guarded(folder: Path, doing: Callable[[], str], rescue: Callable[[], None]) 
         except RuntimeError as error:
             if lost := processes.lost_words(error):
                 rescue()
-                raise TrainingError(f"{lost} The last state is whole, in {folder}.") from error
+                raise TrainingError(f"{lost} {WHOLE.format(folder)}") from error
             if str(error).startswith(LOST_WORKER):
-                raise TrainingError(f"{message_of(error)} The last state is whole, in {folder}.") from error
+                raise TrainingError(f"{message_of(error)} {WHOLE.format(folder)}") from error
             if OUT_OF_MEMORY not in str(error):
                 raise
             raise TrainingError(_out_of_memory(doing(), folder, error)) from error

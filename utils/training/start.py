@@ -69,6 +69,8 @@ def start(plan: Plan, checkpoint: Checkpoint | None, machine: Machine, around: A
         check_modules(model, state["modules"], plan.folder / STATE_FILE)
         check_state(state, plan, list(model.trainable()), trainer.steps_per_epoch)
     logger.info("%s\n\nCLIP weights of SHA-256 %s\n", description, backbone.sha256)
+    if processes.count() > 1:
+        logger.info("%d processes share each batch.", processes.count())
     return trainer
 
 
