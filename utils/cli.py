@@ -54,10 +54,11 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
     # A table that is redirected to a file on Windows may hold names that its encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    if processes.count() > 1:
+    shared = processes.count() > 1
+    if shared:
         end_by_words()
     try:
-        if processes.count() > 1 and not several:
+        if shared and not several:
             raise ValueError("this program runs in one process: start it without torchrun.")
         with processes.joined(), _heard():
             code = main() or 0
@@ -83,6 +84,8 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
     except Exception as error:  # a fault of the program: its traceback says why the job ends
         processes.speaks(repr(error))
         raise
-    if processes.count() > 1:
-        ignore_signals()
+    finally:
+        if shared:
+            ignore_signals()
+            processes.leave()
     sys.exit(code)

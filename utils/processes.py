@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
@@ -27,8 +27,8 @@ T = TypeVar("T")
 TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Minutes that processes wait to find each other, and then for what another one does alone.
 TO_MEET, TO_WAIT = 5, 30
-# Where the process that says why the job ends leaves its number and its words, and how many have heard them.
-SPEAKER, WORDS, HEARD = "speaker", "words", "heard"
+# Where the process that says why the job ends leaves its number and its words, and how many others have ended.
+SPEAKER, WORDS, LEFT = "speaker", "words", "left"
 # Seconds that the process which holds these stays for the others.
 TO_HEAR = 2
 
@@ -100,31 +100,31 @@ def speaks(words: str) -> bool:
         speaker = _store.compare_set(SPEAKER, "", own).decode()
         if speaker == own:
             _store.set(WORDS, words)
-            if not is_first():
-                _store.add(HEARD, 1)
-        if is_first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _wait_for_listeners()
     except RuntimeError:  # it went with the process that held it
         return True
     return speaker == own
-
-
-def _wait_for_listeners() -> None:
-    """What all can read ends with the first process, unless torchrun holds it: a moment for the others to read it."""
-    end = time.monotonic() + TO_HEAR
-    while _store.add(HEARD, 0) < count() - 1 and time.monotonic() < end:
-        time.sleep(0.02)
 
 
 def spoken() -> str:
     """What another process said of why the job ends."""
     try:
         _store.wait([WORDS], timedelta(seconds=1))
-        words = _store.get(WORDS).decode()
-        _store.add(HEARD, 1)
-        return words
+        return _store.get(WORDS).decode()
     except RuntimeError:
         return "Another process said why the job ends."
+
+
+def leave() -> None:
+    """Before this process ends by a failure: the first one, whose store all read unless torchrun has it, goes last."""
+    if _store is None:
+        return
+    end = time.monotonic() + TO_HEAR
+    with suppress(RuntimeError):  # it went with the process that held it
+        if not is_first():
+            _store.add(LEFT, 1)
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            while _store.add(LEFT, 0) < count() - 1 and time.monotonic() < end:
+                time.sleep(0.02)
 
 
 def lost_words(error: RuntimeError) -> str | None:
