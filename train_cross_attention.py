@@ -20,7 +20,7 @@ from dataset.prepare import prepare
 from dataset.records import digest
 from dataset.sets import DataSet, open_all, result_name
 from dataset.survey import surveyed
-from model.adapter_cross_attention import new_extension
+from model.config import new_extension
 from utils import arguments, checkpoints, processes
 from utils.checkpoints import Checkpoint, load_checkpoint
 from utils.cli import run_script

@@ -29,8 +29,8 @@ from benchmarks.speed import Calls, make_model, measure
 from benchmarks.standin import fill_adapters, standin_backbone
 from dataset.commands import path_argument
 from model.adapter_cross_attention import CrossAttentionCLIP
-from model.backbone import DEFAULT_MODEL, Backbone
-from model.weights import REPOSITORY
+from model.backbone import Backbone
+from model.config import DEFAULT_MODEL, REPOSITORY
 from utils.cli import run_script
 from utils.options import at_least
 

@@ -27,15 +27,9 @@ from forward_utils_cross_attention import (
     stage1_loss,
     stage2_loss,
 )
-from model.adapter_cross_attention import (
-    PLACEMENTS,
-    CrossAttention,
-    CrossAttentionCLIP,
-    Gated,
-    ModelConfig,
-    new_extension,
-)
+from model.adapter_cross_attention import CrossAttention, CrossAttentionCLIP, Gated
 from model.backbone import Backbone, clip_config, default_adapters
+from model.config import PLACEMENTS, ModelConfig, new_extension
 from utils.arguments import DEFAULT_PRECISION, PRECISION
 
 PROCESS_STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

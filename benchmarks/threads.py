@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 
 # What each way sets. The second is libgomp's own number, which `utils.threads` takes for the user's wish.
 WAYS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.variants import Job, common_words, folder_of, interval, machine_words, read_average, run_all, with_ends
 from dataset.commands import path_argument
 from dataset.sets import result_name
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from utils import arguments
 from utils.cli import run_script
 from utils.files import write_csv

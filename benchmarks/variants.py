@@ -37,8 +37,7 @@ from benchmarks.standin import standin_backbone
 from dataset.commands import path_argument
 from dataset.prepare import prepare
 from dataset.sets import open_all, open_dataset, result_name
-from model.adapter_cross_attention import ModelConfig, model_fields
-from model.weights import REPOSITORY
+from model.config import REPOSITORY, ModelConfig, model_fields
 from utils import arguments, checkpoints
 from utils.checkpoints import load_checkpoint
 from utils.cli import run_script

@@ -82,6 +82,11 @@ def read_image(path: Path, bits: int = 16, reduced_to: int | None = None) -> Ima
         return as_rgb(image, bits)
 
 
+def at_model_size(image: Image.Image, img_size: int) -> Image.Image:
+    """An image as a square of the size of the model's input, px; one that has it already stays as it is."""
+    return image.resize((img_size, img_size), Image.Resampling.BICUBIC)
+
+
 def reduced_for(img_size: int) -> int:
     """The `reduced_to` of images for a model that takes `img_size` px: twice as many, see docs/data.md."""
     return 2 * img_size

@@ -209,11 +209,6 @@ class TakenBatches(Sampler[list]):
         yield from self.take(self.whole)
 
 
-def loader_message(error: Exception) -> str:
-    """Message of an error, without the traceback that PyTorch puts around one from a worker process."""
-    return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
-
-
 def outlive_signals(worker: int = 0) -> None:
     """Signals to a group of processes reach those that read images too; the main one decides when they end.
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from dataset.images import at_model_size
+
 AUGMENTATIONS = ("published", "smooth")
 
 
@@ -40,17 +42,13 @@ class Transform:
             if stage == "image"
             else [v2.Identity()]
         )
-        # Pixels are normalised before they are moved, so that the fill of 0 is CLIP's mean colour.
-        self.to_pixels = v2.Compose(
-            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)]
-        )
         self.move = v2.Compose(_movements(img_size, augment) if stage else [v2.Identity()])
 
     def resize(self, image: Image.Image, mask: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
         """Image and mask at the model's size; what has it already stays as it is."""
         size = (self.img_size, self.img_size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        return image, mask.resize(size, Image.Resampling.NEAREST) if mask is not None else None
+        mask = mask.resize(size, Image.Resampling.NEAREST) if mask is not None else None
+        return at_model_size(image, self.img_size), mask
 
     def __call__(self, image: Image.Image, mask: Image.Image | None) -> tuple[Tensor, Tensor]:
         if self.resize_first:
@@ -59,8 +57,21 @@ class Transform:
         target = torch.zeros(1, self.img_size, self.img_size)
         if mask is not None:
             target[0] = torch.from_numpy(np.array(mask) != 0)
-        pixels, target = self.move(self.to_pixels(image), tv_tensors.Mask(target))
+        # Pixels are normalised before they are moved, so that the fill of 0 is CLIP's mean colour.
+        pixels, target = self.move(normalised(v2.functional.to_image(image)), tv_tensors.Mask(target))
         return pixels.as_subclass(Tensor), target.as_subclass(Tensor)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels of 0 to 255, [..., 3, S, S], as CLIP takes them."""
+    values = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    return v2.functional.normalize(values, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+
+def to_picture(pixels: Tensor) -> np.ndarray:
+    """CLIP's normalised pixels [3, S, S] -> [S, S, 3] in 0..1."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def _movements(img_size: int, augment: str) -> list[v2.Transform]:

@@ -33,9 +33,10 @@ from dataset.sets import DataSet, open_dataset
 from dataset.transforms import Transform
 from forward_utils_cross_attention import PromptBank
 from utils.checkpoints import load_checkpoint, loop_files
-from utils.judging import Detector, calibrated_extremes, scaled
+from utils.judging import Detector
 from utils.models import ModelLoader
 from utils.report.pictures import attention_weights
+from utils.verdicts import calibrated_extremes, scaled
 
 PICTURES = Path(__file__).parent / "pictures"
 # Pixels of a picture for each of a README page, which is 830 wide.

@@ -38,7 +38,9 @@ class Prompts(NamedTuple):
         And where in it each prompt's EOT is, [N, P], and the causal mask [N, 1, M, M], added to the scores, that keeps
         the prompts of a set apart. A set with fewer tokens than M ends with some of its padding.
         """
-        places = (~self.is_token.flatten(1)).byte().argsort(dim=1, stable=True)[:, : self.most]
+        is_token = self.is_token.flatten(1)
+        order = torch.arange(is_token.shape[1], device=x.device)
+        places = torch.where(is_token, order, order + len(order)).argsort(dim=1)[:, : self.most]
         prompt, position = places // self.tokens.shape[2], places % self.tokens.shape[2]
         seen = (prompt.unsqueeze(2) == prompt.unsqueeze(1)) & (position.unsqueeze(2) >= position.unsqueeze(1))
         mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, float("-inf")).unsqueeze(1)

@@ -19,11 +19,11 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTrans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.config import DEFAULT_MODEL
 from model.weights import check_state, find_weights, read_weights, weights_sha256
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "ViT-L-14-336"
 # AA-CLIP adapts the 336 px model at 518 px (37 x 37 patches); every other model keeps the size of its configuration.
 ADAPTED_SIZES = {DEFAULT_MODEL: 518}
 # Side of an image, px: eight times what AA-CLIP uses, and 85,000 patches.

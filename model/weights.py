@@ -13,14 +13,13 @@ from huggingface_hub import hf_hub_download
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from torch import Tensor
 
+from model.config import REPOSITORY, WEIGHT_FOLDERS
 from model.pickles import not_weights, read_archive
 
 logger = logging.getLogger(__name__)
 
 # How long an answer of the network is waited for.
 NETWORK_SECONDS = 5
-REPOSITORY = Path(__file__).resolve().parent.parent
-WEIGHT_FOLDERS = ("ckpt", "model", "ckpt/demo")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 # Entries of OpenAI's archives that are no weights, by the ends of their names.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from forward_utils_cross_attention import ClassText, Encoding, encode_sight, see_stage1
-from model.adapter_cross_attention import CrossAttentionCLIP, Gated, ModelConfig
+from model.adapter_cross_attention import CrossAttentionCLIP, Gated
 from model.backbone import Backbone, load_backbone
+from model.config import ModelConfig
 from utils import checkpoints
 from utils.cli import run_script
 

@@ -34,7 +34,7 @@ from dataset.demo.render import render
 from dataset.prepare import prepare
 from dataset.sets import find_dataset, open_dataset
 from model.backbone import load_backbone
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from tests.conftest import listing
 from utils.checkpoints import load_checkpoint
 from utils.cli import run_script

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from torch.distributed import run as torchrun
 
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from tests.conftest import Scripts, write_small_dataset
 
 README = REPOSITORY / "README.md"

@@ -23,7 +23,8 @@ from forward_utils_cross_attention import (
     stage1_loss,
     stage2_loss,
 )
-from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.config import ModelConfig
 from tests.conftest import encode_stage1
 
 pytestmark = pytest.mark.vit_l

@@ -22,7 +22,7 @@ from dataset.images import (
     reduced_for,
     size_on_disk,
 )
-from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, loader_message, make_loader
+from dataset.loading import AnomalyDataset, ImageCache, SeededSampler, cache_images, make_loader
 from dataset.records import Record
 from dataset.sets import open_dataset
 from dataset.survey import survey, with_reduced_jpeg
@@ -30,6 +30,7 @@ from dataset.transforms import Transform
 from tests.conftest import write_small_dataset
 from tests.test_data import edit
 from utils.checkpoints import load_checkpoint
+from utils.errors import loader_message
 from utils.files import read_csv
 
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)

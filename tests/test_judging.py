@@ -11,14 +11,15 @@ from dataset.loading import AnomalyDataset, make_loader
 from dataset.sets import open_dataset
 from dataset.transforms import Transform
 from forward_utils_cross_attention import Prediction, PromptBank
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from tests.conftest import make_model
 from utils import judging
 from utils.calibration import Calibration
 from utils.checkpoints import load_checkpoint
-from utils.judging import Detector, calibrated_extremes, caption, judge_batches, scaled
+from utils.judging import Detector, judge_batches
 from utils.models import ModelLoader
 from utils.report.plots import PANEL_INCHES
+from utils.verdicts import calibrated_extremes, caption, scaled
 
 
 @pytest.fixture(scope="module")

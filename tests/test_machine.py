@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataset import loading
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from tests.conftest import EPOCHS, SMALL
 from utils import machine, processes
 from utils.arguments import take_machine

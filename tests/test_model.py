@@ -23,7 +23,8 @@ from forward_utils_cross_attention import (
     stage2_loss,
 )
 from model.adapter import SimpleAdapter, SimpleProj, TextContext
-from model.adapter_cross_attention import NEIGHBOURS, PLACEMENTS, NeighbourCrossAttention, new_extension
+from model.adapter_cross_attention import NEIGHBOURS, NeighbourCrossAttention
+from model.config import PLACEMENTS, new_extension
 from tests.conftest import encode_stage1, make_model, move_cross_attention
 from utils.training.measures import added_terms
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 
-from model.adapter_cross_attention import STAGES, ModelConfig
-from model.weights import REPOSITORY
+from model.adapter_cross_attention import STAGES
+from model.config import REPOSITORY, ModelConfig
 from utils.options import add_fields, completed, flag_fields
 from utils.settings import Settings
 

@@ -2,9 +2,14 @@
 
 import csv
 import errno
+import json
 import os
+import queue
 import shutil
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +20,10 @@ from PIL import ExifTags, Image
 
 import predict as module
 from dataset.images import read_image
-from predict import Detector, find_images
+from predict import Detector
+from utils.inference import results
+from utils.inference.images import find_images
+from utils.verdicts import find_regions
 
 
 @pytest.fixture
@@ -81,21 +89,21 @@ def test_names_of_any_kind_have_results(scripts, run, tmp_path, capsys):
 
 
 def test_what_cannot_be_written_of_one_image_stops_no_other(scripts, run, images, tmp_path, monkeypatch, capsys):
-    original = module.replacing
+    original = results.replacing
 
     def refused(path):
         if path.name.startswith("a_"):
             raise OSError(errno.EIO, "broken sector", str(path))
         return original(path)
 
-    monkeypatch.setattr(module, "replacing", refused)
+    monkeypatch.setattr(results, "replacing", refused)
     assert predict(scripts, "--ckpt", run / "loop_1.pth", "--images", images, "--save_path", tmp_path / "out") == 1
     assert "1 of 3 images could not be judged" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*.npy"))) == 2
 
 
 def test_a_full_disk_is_named_and_ends_the_call(scripts, run, images, tmp_path, monkeypatch, capsys):
-    original = module.replacing
+    original = results.replacing
 
     @contextmanager
     def full(path):
@@ -104,7 +112,7 @@ def test_a_full_disk_is_named_and_ends_the_call(scripts, run, images, tmp_path, 
         with original(path) as file:
             yield file
 
-    monkeypatch.setattr(module, "replacing", full)
+    monkeypatch.setattr(results, "replacing", full)
     assert predict(scripts, "--ckpt", run / "loop_1.pth", "--images", images, "--save_path", tmp_path / "p") == 2
     assert capsys.readouterr().err.count("The disk is full: ") == 1
 
@@ -247,3 +255,160 @@ def test_nothing_to_judge_ends_with_2(scripts, run, tmp_path, capsys):
     out = tmp_path / "out"
     assert predict(scripts, "--ckpt", run / "loop_2.pth", "--images", tmp_path / "gone", "--save_path", out) == 2
     assert "no image there" in capsys.readouterr().err and not out.exists()
+
+
+# several images, regions
+
+
+def test_a_list_of_images_of_any_kind_is_judged_in_batches(run, images):
+    detector = Detector.load(run / "loop_2.pth", class_name="candle", device="cpu")
+    path = images / "a.png"
+    with Image.open(path) as opened:
+        given = [
+            path,
+            str(images / "b.JPG"),
+            opened,
+            np.asarray(opened.convert("RGB")),
+            np.asarray(opened.convert("L")),
+        ]
+        found = detector(given, batch_size=2)
+        alone = [detector(image) for image in given]
+    assert [verdict.size for verdict in found] == [(60, 50), (80, 50), (60, 50), (60, 50), (60, 50)]
+    for one, other in zip(found, alone, strict=True):
+        assert one.single_score == pytest.approx(other.single_score, abs=1e-6)
+        assert np.allclose(one.map, other.map, atol=1e-4)
+    assert np.array_equal(found[0].map, found[2].map) and np.array_equal(found[0].map, found[3].map)
+    assert detector([]) == [] and len(detector((path,))) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 4), np.uint8)], r"image 1: pixels of type uint8 and shape"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"the image: pixels of type uint8 and shape \[2, 4, 4, 3\]"),
+        (np.zeros((4, 4, 3)), "the image: pixels of type float64"),
+        (np.zeros((0, 4, 3), np.uint8), "the image: expected pixels, found none"),
+        ([3], "image 0: expected a file, a Pillow image or an array, found int"),
+    ],
+)
+def test_what_is_no_image_is_named(run, given, words):
+    detector = Detector.load(run / "loop_1.pth", device="cpu")
+    with pytest.raises(ValueError, match=words):
+        detector(given)
+
+
+def test_regions_are_connected_parts_above_the_threshold_in_pixels_of_the_image():
+    values = np.zeros((8, 8), np.float32)
+    values[1:3, 2:5] = 2
+    values[3, 5] = 5  # touches over a corner
+    values[6, 0] = 3
+    first, second = find_regions(values, 2, (16, 32))
+    assert first.box == (4, 4, 8, 12) and first.area == 7 * 8 and first.peak == 5
+    assert second.box == (0, 24, 2, 4) and second.area == 8 and second.peak == 3
+    (around,) = second.outline
+    assert len(around) == 8 and 0 <= min(around[::2]) < max(around[::2]) <= 2 and min(around[1::2]) >= 24
+    assert find_regions(values, 5.1, (16, 32)) == []
+    assert find_regions(values, -1, (16, 32))[0].box == (0, 0, 16, 32)
+
+
+def test_regions_are_written_as_json_and_in_coco_format(scripts, run, images, tmp_path):
+    out, ckpts = tmp_path / "out", [run / "loop_0.pth", run / "loop_2.pth"]
+    words = ["--ckpt", *ckpts, "--images", images, "--class_name", "candle", "--save_path", out, "--regions"]
+    for _ in range(2):
+        assert predict(scripts, *words) == 0
+    found = json.loads((out / "regions.json").read_text(encoding="utf-8"))
+    assert [record["model"] for record in found] == ["x/loop_0 (base)", "x/loop_2"] * 3
+    detector = Detector.load(ckpts[1], class_name="candle", device="cpu")
+    verdict = detector(images / "a.png")
+    assert found[1]["width"] == 60 and found[1]["decision"] in ("normal", "anomalous")
+    assert [region["peak"] for region in found[1]["regions"]] == pytest.approx([r.peak for r in verdict.regions])
+    coco = json.loads((out / "coco_x_loop_2.json").read_text(encoding="utf-8"))
+    assert [image["file_name"] for image in coco["images"]] == [record["image"] for record in found[1::2]]
+    assert len(coco["annotations"]) == sum(len(record["regions"]) for record in found[1::2])
+    threshold = verdict.highest
+    assert predict(scripts, *words, "--map_threshold", threshold) == 0
+    found = json.loads((out / "regions.json").read_text(encoding="utf-8"))
+    assert len(found[1]["regions"]) == 1 and found[1]["regions"][0]["peak"] == pytest.approx(threshold)
+
+
+def test_regions_need_a_threshold(scripts, base, images, tmp_path, capsys):
+    folder = tmp_path / "older"
+    folder.mkdir()
+    for name in ("text_adapter.pth", "image_adapter.pth"):
+        content = torch.load(base / name, weights_only=True)
+        if "calibration" in content:
+            del content["calibration"]["map_threshold"]
+        torch.save(content, folder / name)
+    words = ["--ckpt", folder, "--images", images, "--save_path", tmp_path / "out", "--regions"]
+    assert predict(scripts, *words) == 2
+    assert "give --map_threshold" in capsys.readouterr().err
+    assert Detector.load(folder, device="cpu")(images / "a.png").regions is None
+    assert predict(scripts, *words, "--map_threshold", 0) == 0
+
+
+# a folder that fills up
+
+
+class Watched:
+    """predict.py --watch in a thread of a test; lines come as they are printed."""
+
+    def __init__(self, monkeypatch):
+        self.lines: queue.Queue = queue.Queue()
+        monkeypatch.setattr(module, "print", lambda text, flush: self.lines.put(json.loads(text)), raising=False)
+
+    def names(self, count: int) -> list[str]:
+        return [Path(self.lines.get(timeout=30)["image"]).name for _ in range(count)]
+
+
+def test_images_of_a_folder_are_judged_as_they_come(scripts, run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.inference.watch.PATIENCE", 2.5)
+    monkeypatch.setattr("utils.inference.watch.SETTLED", 0.5)
+    folder, said = tmp_path / "line", Watched(monkeypatch)
+    folder.mkdir()
+    shutil.copy2(images / "a.png", folder / "there.png")
+    whole = (images / "b.JPG").read_bytes()
+
+    def happen():
+        try:
+            assert said.names(1) == ["there.png"]
+            shutil.move(images / "more" / "a.png", folder / "moved.png")
+            assert said.names(1) == ["moved.png"]
+            with open(folder / "slow.jpg", "wb") as file:  # written in two parts, with a rest that looks like an end
+                file.write(whole[: len(whole) // 2])
+                file.flush()
+                time.sleep(1.2)
+                file.write(whole[len(whole) // 2 :])
+            assert said.names(1) == ["slow.jpg"]
+            (folder / "broken.png").write_bytes(b"no image")
+            line = said.lines.get(timeout=30)
+            assert Path(line["image"]).name == "broken.png" and "not readable as an image" in line["error"]
+            os.replace(images / "b.JPG", folder / "slow.jpg")
+            shutil.copy2(images / "a.png", folder / "broken.png")
+            assert sorted(said.names(2)) == ["broken.png", "slow.jpg"]
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor() as pool:
+        happened = pool.submit(happen)
+        words = ["--ckpt", run / "loop_0.pth", run / "loop_1.pth"][:2]
+        assert predict(scripts, *words, "--watch", folder, "--class_name", "candle") == 1  # one was broken
+        happened.result()
+    assert said.lines.empty()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--regions",), "--regions: --watch writes no files"),
+        (("--save_path", "x"), "--save_path: --watch writes no files"),
+        (("--images", "x"), "not allowed with argument"),
+    ],
+)
+def test_what_does_not_go_with_watching(scripts, run, tmp_path, words, expected, capsys):
+    assert predict(scripts, "--ckpt", run / "loop_1.pth", "--watch", tmp_path, *words) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_folder_to_watch_must_be_there(scripts, run, tmp_path, capsys):
+    assert predict(scripts, "--ckpt", run / "loop_1.pth", "--watch", tmp_path / "gone") == 2
+    assert "no such folder" in capsys.readouterr().err

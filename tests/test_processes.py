@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from tests.conftest import Scripts, tensors, write_small_dataset
 from utils import checkpoints, processes
 from utils.cli import run_script

@@ -16,10 +16,10 @@ from PIL import Image
 from dataset.loading import AnomalyDataset
 from dataset.sets import open_dataset
 from dataset.survey import survey
-from dataset.transforms import Transform
+from dataset.transforms import Transform, to_picture
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, check_grid, predict
-from model.adapter_cross_attention import ModelConfig
 from model.backbone import load_backbone
+from model.config import ModelConfig
 from tests.conftest import EPOCHS, SMALL, assert_same_tensors, write_small_dataset
 from utils.checkpoints import load_checkpoint
 from utils.models import ModelLoader, build_model
@@ -160,7 +160,7 @@ def test_contact_sheets(scripts, run, other_root):
 def test_pictures_show_the_pixels_that_the_model_saw(data_root):
     data = open_dataset("small", data_root)
     item = AnomalyDataset(data.folder, data.records, Transform(64))[0]
-    shown = plots.to_picture(item["image"])
+    shown = to_picture(item["image"])
     image = (
         Image.open(data.folder / data.records[0].image_path).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
     )

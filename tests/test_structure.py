@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+# What runs an exported model.
+WITHOUT_PYTORCH = [("predict", ["torch", "open_clip", "utils.judging", "utils.testing", "utils.training"])]
 # (module, what it and all before it must not have loaded), in the order of importing.
 RULES = [
     ("forward_utils_cross_attention", ["utils"]),
     ("utils.judging", ["matplotlib", "utils.report", "utils.testing", "utils.training"]),
-    ("predict", ["utils.testing", "utils.training"]),
     ("test", ["utils.training"]),
 ]
 
@@ -17,14 +20,15 @@ def run(program: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
 
-def test_what_an_import_does_not_load():
+@pytest.mark.parametrize("rules", [WITHOUT_PYTORCH, RULES], ids=["exported", "trained"])
+def test_what_an_import_does_not_load(rules):
     program = (
         "import importlib, json, sys\n"
-        f"for name, _ in {RULES!r}:\n"
+        f"for name, _ in {rules!r}:\n"
         "    importlib.import_module(name)\n"
         "    print(json.dumps(list(sys.modules)))\n"
     )
-    for (name, unwanted), line in zip(RULES, run(program).stdout.splitlines(), strict=True):
+    for (name, unwanted), line in zip(rules, run(program).stdout.splitlines(), strict=True):
         loaded = json.loads(line)
         assert name in loaded
         assert not [module for module in loaded if module.startswith(tuple(unwanted))], name

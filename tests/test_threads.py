@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from utils import arguments, threads
 
 SCRIPTS = ("train", "train_cross_attention", "test", "predict", "pretrain_demo")

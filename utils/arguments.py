@@ -11,15 +11,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
-import torch
-
 from dataset.commands import add_data_root, path_argument
 from dataset.constants import BLUR
 from dataset.images import MOST_PIXELS, take_pixels
 from dataset.records import check_class
 from dataset.words import printable
-from model.adapter_cross_attention import ModelConfig, model_fields
-from model.weights import WEIGHT_FOLDERS
+from model.config import WEIGHT_FOLDERS, ModelConfig, model_fields
 from utils import processes
 from utils.machine import Machine, default_device, default_workers, is_cuda, own_processors, take_tf32
 from utils.options import add_fields, add_flag, at_least
@@ -187,15 +184,20 @@ def add_own_data_arguments(parser: argparse._ActionsContainer) -> None:
     add_flag(parser, "bits", int, BITS, None)
 
 
-def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Where CLIP is and what computes."""
-    group = parser.add_argument_group(PRECISION["group"])
+def add_weights_argument(group: argparse._ActionsContainer) -> None:
+    """Where CLIP is."""
     group.add_argument(
         "--clip_weights",
         type=path_argument,
         help=f"CLIP's weight file; else {', '.join(WEIGHT_FOLDERS)} are searched, then it is downloaded",
     )
-    group.add_argument("--device", default=default_device(), help="device PyTorch computes on")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where CLIP is and what computes."""
+    group = parser.add_argument_group(PRECISION["group"])
+    add_weights_argument(group)
+    group.add_argument("--device", help="what computes, by PyTorch's name [cuda where there is one, else cpu]")
     add_flag(group, "precision", str, PRECISION, DEFAULT_PRECISION)
     group.add_argument(
         "--tf32", action="store_true", help="on a GPU, fp32 products of factors rounded to TF32: faster, less exact"
@@ -245,9 +247,23 @@ def add_compile_argument(group: argparse._ActionsContainer) -> None:
     )
 
 
+def refuse_of_exported(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag that is given and means nothing to exported models, which are all there is."""
+    flags = {**dict.fromkeys(("clip_weights", "normal_images")), "compile": False, "tf32": False}
+    flags |= {"precision": DEFAULT_PRECISION, **dict.fromkeys(model_flags(args))}
+    for name, without in flags.items():
+        if getattr(args, name) != without:
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: was decided when the model was exported. Leave the flag out."
+            )
+
+
 def take_machine(args: argparse.Namespace) -> None:
     """What this process keeps to from now on, of `add_machine_arguments`."""
+    import torch
+
     take_pixels(args.max_pixels)
+    args.device = args.device or default_device()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
         if args.threads > (there := own_processors()):
@@ -259,8 +275,8 @@ def take_machine(args: argparse.Namespace) -> None:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """The machine of `add_run_arguments`."""
-    workers = default_workers(args.device) if args.num_workers is None else args.num_workers
     take_machine(args)
+    workers = default_workers(args.device) if args.num_workers is None else args.num_workers
     data_root, files = Path(args.data_root), (args.follow_links, args.skip_broken, args.resized_images)
     return Machine(args.device, args.clip_weights, data_root, workers, *files)
 

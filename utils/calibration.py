@@ -5,9 +5,13 @@ fitted at the end of each loop on images of training, never on those of a test.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+# Map values are counted in bins of that width, within limits that cosines of four levels, times 100, keep far from.
+BIN_WIDTH, MOST_VALUE = 1 / 256, 1024
+BINS = int(2 * MOST_VALUE / BIN_WIDTH)
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Calibration:
 
     An image is called anomalous from `threshold` on. `held_out` tells whether the `images` it was fitted on had not
     been trained on; where they had, probabilities and decisions are optimistic. `map_range` is the lowest and the
-    highest map value of these images: a scale for pictures that does not depend on the picture.
+    highest map value of these images: a scale for pictures that does not depend on the picture. From `map_threshold`
+    on a pixel is called a defect; None where no image has a mask, and in files of older runs.
     """
 
     detection_weight: float
@@ -26,6 +31,7 @@ class Calibration:
     map_range: tuple[float, float]
     images: int
     held_out: bool
+    map_threshold: float | None = field(default=None, metadata={"added": True})
 
     def probabilities(self, detection_scores: np.ndarray, highest: np.ndarray) -> np.ndarray:
         """Detection scores and highest map values [n] -> probabilities [n]."""
@@ -43,6 +49,7 @@ def fit(
     labels: Sequence[int],
     map_range: tuple[float, float],
     held_out: bool,
+    map_threshold: float | None = None,
 ) -> Calibration | None:
     """Fit on n images; None where all are of one kind, so that there is nothing to tell apart.
 
@@ -70,8 +77,29 @@ def fit(
         map_range=map_range,
         images=len(kinds),
         held_out=held_out,
+        map_threshold=map_threshold,
     )
     return replace(fitted, threshold=_best_threshold(kinds, fitted.probabilities(features[:, 0], features[:, 1])))
+
+
+class PixelCounts:
+    """How many pixels have which map value, normal ones and defects apart: 8 MiB, whatever the number of images."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((2, BINS), dtype=np.int64)
+
+    def add(self, maps: np.ndarray, masks: np.ndarray) -> None:
+        """Count pixels: map values and 0 or 1, of one shape."""
+        bins = ((maps + MOST_VALUE) / BIN_WIDTH).astype(np.int64).clip(0, BINS - 1)
+        self.counts += np.bincount((masks.astype(np.int64) * BINS + bins).ravel(), minlength=2 * BINS).reshape(2, BINS)
+
+    def best_threshold(self) -> float | None:
+        """The map value with the highest F1 of calling pixels defects from it on; None where there is no defect."""
+        normal, defects = np.cumsum(self.counts[:, ::-1], axis=1)[:, ::-1]
+        if not defects[0]:
+            return None
+        best = (2 * defects / (defects + normal + defects[0])).argmax()
+        return float(best) * BIN_WIDTH - MOST_VALUE
 
 
 def _best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:

@@ -17,8 +17,9 @@ from torch import Tensor
 from dataset.files import replacing
 from model.adapter_cross_attention import MODULES, CrossAttentionCLIP
 from model.backbone import Backbone
+from model.config import REPOSITORY
 from model.pickles import read_archive
-from model.weights import REPOSITORY, check_weights, weights_sha256
+from model.weights import check_weights, weights_sha256
 from utils import processes
 from utils.calibration import Calibration
 from utils.files import file_sha256

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-import torch
-
 from dataset.commands import reader_left
 from utils import processes
-from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, message_of
+from utils.errors import LOST_WORKER, TrainingError, TrainingStoppedError, is_out_of_memory, message_of
 from utils.logs import setup_logging
 from utils.signals import end_by_words, ignore_signals, stopped_by
 
@@ -71,10 +69,11 @@ def run_script(main: Callable[[], int | None], several: bool = True) -> None:
         code = reader_left()
     except (ValueError, OSError) as error:
         code = _end(2, f"error: {message_of(error)}")
-    except torch.OutOfMemoryError as error:  # outside training, which says more of its own
-        code = _end(1, f"error: out of memory. Try a smaller --batch_size, or --precision bf16. ({error})")
     except RuntimeError as error:
-        lost = message_of(error) if str(error).startswith(LOST_WORKER) else processes.lost_words(error)
+        if is_out_of_memory(error):  # outside training, which says more of its own
+            lost: str | None = f"out of memory. Try a smaller --batch_size, or --precision bf16. ({error})"
+        else:
+            lost = message_of(error) if str(error).startswith(LOST_WORKER) else processes.lost_words(error)
         if lost is None:
             processes.speaks(repr(error))
             raise

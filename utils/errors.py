@@ -1,8 +1,7 @@
 """How a training ends before it is done, and what is said of an error."""
 
 import errno
-
-from dataset.loading import loader_message
+import sys
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # How PyTorch begins where a process that reads images is gone.
@@ -27,3 +26,13 @@ def message_of(error: Exception) -> str:
             f"({str(error).splitlines()[0]})"
         )
     return loader_message(error)
+
+
+def loader_message(error: Exception) -> str:
+    """Message of an error, without the traceback that PyTorch puts around one from a worker process."""
+    return str(error).rpartition(f"\n{type(error).__name__}: ")[2].strip()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, where it is imported, ran out of memory."""
+    return "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset.commands import PlainFormatter
 from dataset.words import printable
-from model.weights import REPOSITORY
+from model.config import REPOSITORY
 from utils import processes
 
 

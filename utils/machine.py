@@ -1,14 +1,18 @@
 """Where things are and what computes."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
-
-import torch
+from typing import TYPE_CHECKING
 
 from utils import processes
+
+if TYPE_CHECKING:
+    import torch
 
 # Processes that read images for one GPU: more only take memory.
 MOST_WORKERS = 16
@@ -37,6 +41,8 @@ def device_of(name: str | None) -> torch.device:
 
     Where several processes run on a machine, "cuda" is a GPU for each.
     """
+    import torch
+
     name = name or default_device()
     if processes.count_here() > 1 and name.startswith("cuda"):
         name = _own_gpu(name)
@@ -54,6 +60,8 @@ def _own_gpu(name: str) -> str:
     """The GPU of this process among those on its machine. Raises ValueError where there is none for each."""
     if name != "cuda":
         raise ValueError(f"--device {name}: several processes cannot share it. Give cuda, and each takes one.")
+    import torch
+
     there, needed = torch.cuda.device_count(), processes.count_here()
     if 0 < there < needed:
         raise ValueError(f"--device cuda: {needed} processes on a machine with {there} GPUs. Start one for each.")
@@ -62,6 +70,8 @@ def _own_gpu(name: str) -> str:
 
 def default_device() -> str:
     """A GPU's name where there is one."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -87,6 +97,8 @@ def default_workers(device_name: str) -> int:
 
 def take_tf32(wanted: bool) -> None:
     """Have CUDA round the factors of float32 products to 10 bits, or not: PyTorch alone would for convolutions."""
+    import torch
+
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.allow_tf32 = wanted
 
@@ -94,6 +106,8 @@ def take_tf32(wanted: bool) -> None:
 @cache
 def check_compiler(device: torch.device) -> None:
     """Raise ValueError where torch.compile finds no compiler for `device`, which it otherwise says in a traceback."""
+    import torch
+
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except RuntimeError as error:

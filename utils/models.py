@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
-from model.backbone import DEFAULT_MODEL, Backbone, clip_config, default_adapters, load_backbone
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.backbone import Backbone, clip_config, default_adapters, load_backbone
+from model.config import DEFAULT_MODEL, ModelConfig, model_fields
 from model.weights import check_state
 from utils.checkpoints import Checkpoint, adapter_kind
 from utils.machine import check_compiler

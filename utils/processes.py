@@ -1,7 +1,10 @@
 """The processes of one job, as torchrun starts them (https://docs.pytorch.org/docs/stable/elastic/run.html).
 
-Where there is one process, it is the first of one, and all that is asked here is what it is without the others.
+Where there is one process, it is the first of one, and all that is asked here is what it is without the others; PyTorch
+is imported where there are others.
 """
+
+from __future__ import annotations
 
 import os
 import platform
@@ -14,12 +17,10 @@ from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -71,6 +72,9 @@ def joined() -> Iterator[None]:
     if count() == 1:
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         _store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=TO_MEET))))
@@ -129,7 +133,11 @@ def leave() -> None:
 
 def lost_words(error: RuntimeError) -> str | None:
     """What an error says to a user where another process is gone; None for any other error."""
-    if count() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+    if count() == 1:
+        return None
+    import torch.distributed as dist
+
+    if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
         return None
     if "imed out" in str(error):
         return f"Another process of this job was not heard of for {TO_WAIT} minutes: it hangs, or its machine is gone."
@@ -165,6 +173,8 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, which alone calls it."""
     if count() == 1:
         return make()
+    import torch.distributed as dist
+
     made: list[Any] = [make() if is_first() else None]
     dist.broadcast_object_list(made)
     return made[0]
@@ -192,13 +202,18 @@ def share() -> str:
 
 def wait() -> None:
     """Until all processes are here."""
-    total(torch.zeros(1))
+    if count() > 1:
+        import torch
+
+        total(torch.zeros(1))
 
 
 def total(values: Tensor) -> Tensor:
     """The sum over all processes, element by element, without gradient."""
     if count() == 1:
         return values
+    import torch.distributed as dist
+
     summed = values.detach().clone()
     dist.all_reduce(summed)
     return summed
@@ -208,6 +223,8 @@ def for_first(value: T) -> list[T]:
     """What each process has, in their order, for the first process; an empty list for the others."""
     if count() == 1:
         return [value]
+    import torch.distributed as dist
+
     found: list[Any] | None = [None] * count() if is_first() else None
     dist.gather_object(value, found)
     return found or []
@@ -217,6 +234,8 @@ def for_all(value: T) -> list[T]:
     """What each process has, in their order."""
     if count() == 1:
         return [value]
+    import torch.distributed as dist
+
     found: list[Any] = [None] * count()
     dist.all_gather_object(found, value)
     return found
@@ -236,6 +255,9 @@ def joined_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
     """The rows of all processes, one below the other, from `lengths` rows of each; more of its own are left out."""
     if count() == 1:
         return rows
+    import torch
+    import torch.distributed as dist
+
     own = rows.new_zeros((max(lengths), *rows.shape[1:]))
     own[: lengths[number()]] = rows[: lengths[number()]]
     found = [torch.empty_like(own) for _ in lengths]
@@ -250,6 +272,8 @@ def with_mean_gradients(module: nn.Module, all_used: bool) -> nn.Module:
     """
     if count() == 1:
         return module
+    from torch.nn.parallel import DistributedDataParallel
+
     with warnings.catch_warnings():
         # A newer name of broadcast_buffers does more: it sends the frozen CLIP around, which all have.
         warnings.simplefilter("ignore", FutureWarning)

@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from model.adapter_cross_attention import ModelConfig
+from model.config import ModelConfig
 from utils.calibration import Calibration
 from utils.options import MOST
 from utils.settings import Settings

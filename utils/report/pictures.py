@@ -12,9 +12,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from dataset.constants import class_prompts
 from dataset.loading import Batch
 from dataset.records import Record
+from dataset.transforms import to_picture
 from forward_utils_cross_attention import Prediction, encode
 from utils.files import unused_names
-from utils.judging import Detector, calibrated_extremes, caption, scaled
+from utils.judging import Detector
 from utils.report import plots
 from utils.report.curves import draw_metrics_over_loops, loops_of_runs
 from utils.report.plots import Example, Panel
@@ -22,6 +23,7 @@ from utils.testing.bench import Bench
 from utils.testing.comparison import Comparison
 from utils.testing.contenders import Contender
 from utils.testing.results import Results
+from utils.verdicts import calibrated_extremes, caption, scaled
 
 # Names beside those of the classes: metrics over loops, and a folder for pictures of one image.
 CURVES, ONE_IMAGE = "loops", "one_image"
@@ -88,7 +90,7 @@ def _one_by_one(batches: Iterator[tuple[Batch, list[Prediction]]]) -> Iterator[t
 
 def _example(batch: Batch, number: int, title: str, panels: list[Panel]) -> Example:
     mask = batch["mask"][number, 0].numpy() if batch["has_mask"][number] else None
-    return Example(title, plots.to_picture(batch["image"][number]), mask, panels)
+    return Example(title, to_picture(batch["image"][number]), mask, panels)
 
 
 def _short(record: Record) -> str:
@@ -118,7 +120,9 @@ def draw_one(bench: Bench, contenders: Sequence[Contender], class_name: str, ind
 
 def _judged_alone(detector: Detector, prediction: Prediction, extremes: tuple[float, float]) -> Panel:
     """A model's map of the only image of a prediction, and what it says of it."""
-    verdict = detector.verdict(prediction)
+    scores = prediction.detection_scores.item(), prediction.single_scores.item()
+    size = (detector.img_size, detector.img_size)
+    verdict = detector.verdict(prediction.maps[0].cpu().numpy(), *scores, size)
     words = caption("single-image", verdict.single_score, verdict.probability, verdict.anomalous)
     return Panel(scaled(verdict.map, extremes), words)
 

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from torch import Tensor
 
 from dataset.files import replacing
 from dataset.words import printable
@@ -51,12 +48,6 @@ class Example:
     pixels: np.ndarray
     mask: np.ndarray | None
     panels: list[Panel]
-
-
-def to_picture(pixels: Tensor) -> np.ndarray:
-    """CLIP's normalised pixels [3, S, S] -> [S, S, 3] in 0..1."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def draw_examples(examples: list[Example], models: list[str], scaled_by: str, title: str, path: Path) -> None:

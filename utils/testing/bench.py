@@ -64,8 +64,8 @@ class Bench:
         """The model of a contender, ready to judge images of the data set."""
         fitted = contender.checkpoint.calibration
         first = self.data.records[0]  # all are read alike
-        reading = first.bits, first.reduced_to
-        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name, *reading)
+        reading = {"bits": first.bits, "reduced_to": first.reduced_to}
+        detector = Detector.of(contender.model, self.bank, fitted, self.batching.precision, contender.name, **reading)
         return detector.seeing(self.normal_images) if self.normal_images else detector
 
     def predictions(

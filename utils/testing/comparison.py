@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from dataset.sets import DataSet
-from model.adapter_cross_attention import ModelConfig
+from model.config import ModelConfig
 from utils.options import completed
 from utils.settings import Settings
 from utils.testing.bench import Bench

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.sets import OWN_SUFFIX, DataSet, canonical_name
-from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig, model_fields
+from model.adapter_cross_attention import CrossAttentionCLIP
+from model.config import ModelConfig, model_fields
 from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of, load_checkpoint
 from utils.files import unused_name
 from utils.options import completed

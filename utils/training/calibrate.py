@@ -7,6 +7,7 @@ from dataclasses import asdict
 from itertools import chain, zip_longest
 
 import numpy as np
+import torch
 
 from dataset.loading import make_loader
 from dataset.records import Record
@@ -42,16 +43,20 @@ def calibrate(
     loader = make_loader(images, batch_size, num_workers, device=backbone.device, take=processes.own_turns)
     turns = math.ceil(len(images) / batch_size / processes.count())
     batches = progress(loader, desc=f"calibration{processes.share()}", leave=False, total=turns)
-    own = []
+    own, pixels = [], calibration.PixelCounts()
     for batch, (found,) in judge_batches([detector], batches, after_batch):
+        masked = batch["has_mask"]
+        pixels.add(found.maps.cpu()[masked].numpy(), batch["mask"][masked, 0].numpy())
         maps = found.maps.flatten(1)
         own.append([found.detection_scores.tolist(), maps.amax(dim=1).tolist(), maps.amin(dim=1).tolist()])
         own[-1].append(batch["label"].tolist())
+    pixels.counts = processes.total(torch.from_numpy(pixels.counts)).numpy()
     if not (parts := processes.for_first(own)):
         return None
     in_order = [batch for turn in zip_longest(*parts) for batch in turn if batch]
     scores, highest, lowest, labels = (list(chain(*column)) for column in zip(*in_order, strict=True))
-    fitted = calibration.fit(scores, highest, labels, map_range=(min(lowest), max(highest)), held_out=held_out)
+    span = min(lowest), max(highest)
+    fitted = calibration.fit(scores, highest, labels, span, held_out, pixels.best_threshold())
     if fitted is None:
         logger.warning("No calibration: the images are all of one kind, so a decision cannot be fitted.")
         return None

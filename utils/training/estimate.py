@@ -26,8 +26,9 @@ from forward_utils_cross_attention import (
     stage1_loss,
     stage2_loss,
 )
-from model.adapter_cross_attention import CrossAttentionCLIP, ModelConfig
+from model.adapter_cross_attention import CrossAttentionCLIP
 from model.backbone import Backbone, empty_backbone
+from model.config import ModelConfig
 from utils.settings import Settings
 from utils.testing.bench import EVAL_BATCH
 from utils.training.optimizer import make_optimizer

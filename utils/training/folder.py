@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from dataset.files import TEMPORARY, remove_leftovers
 from dataset.sets import is_path
-from model.adapter_cross_attention import ModelConfig
+from model.config import ModelConfig
 from utils import checkpoints
 from utils.options import completed
 from utils.schema import RunState, expect

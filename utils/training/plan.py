@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from model.adapter_cross_attention import STAGES, CrossAttentionCLIP, ModelConfig
+from model.adapter_cross_attention import STAGES, CrossAttentionCLIP
 from model.backbone import Backbone, empty_backbone
+from model.config import ModelConfig
 from utils.settings import Settings
 
 # The list of the classes that --val_classes holds out.

@@ -1,0 +1,1 @@
+"""Trained models, written as ONNX files that need no PyTorch."""
