@@ -25,7 +25,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-dev.txt $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@

@@ -113,7 +113,7 @@ DATA_SETS = {
     ),
     "MVTec": DataSetInfo(
         domain="industrial",
-        folders=("mvtec_ad", "mvtec_anomaly_detection"),
+        folders=("mvtec_ad", "mvtec_anomaly_detection", "MVTecAD"),
         classes={
             "bottle": "dark bottle",
             "cable": "top view of three cables",
@@ -208,7 +208,7 @@ DATA_SETS = {
     ),
     "BTAD": DataSetInfo(
         domain="industrial",
-        folders=("BTech_Dataset_transformed",),
+        folders=("BTech_Dataset_transformed", "BTech"),
         classes={
             "01": "Bright concentric rings in neon yellow and blue tones against a dark blue background, resembling a stylized wave or energy field radiating outward.",
             "02": "vertical fabric lines in warm, dusty pink and beige tones",
@@ -220,7 +220,7 @@ DATA_SETS = {
     ),
     "MVTec-LOCO": DataSetInfo(
         domain="industrial",
-        folders=("mvtec_loco_anomaly_detection", "mvtec_loco"),
+        folders=("mvtec_loco_anomaly_detection", "mvtec_loco", "MVTecLOCO"),
         classes=_plain("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
         layout="mvtec",
         counts={
@@ -251,7 +251,7 @@ DATA_SETS = {
     ),
     "MVTec-AD-2": DataSetInfo(
         domain="industrial",
-        folders=("mvtec_ad_2",),
+        folders=("mvtec_ad_2", "MVTecAD2"),
         classes=_plain("can", "fabric", "fruit_jelly", "rice", "sheet_metal", "vial", "wallplugs", "walnuts"),
         layout="own",
         counts={

@@ -44,6 +44,25 @@ def write_small_dataset(folder: Path, per_kind: int = 5, classes: tuple[str, ...
     return folder
 
 
+def write_mvtec_tree(root: Path, class_name: str = "metal_nut") -> Path:
+    """Six normal and six anomalous noise images of 48 x 40 px in MVTec's tree, and one for training."""
+    rng = np.random.default_rng(0)
+    for number in range(13):
+        kind = "train/good" if number == 12 else "test/good" if number < 6 else "test/bent"
+        image = root / class_name / kind / f"{number:03}.png"
+        pixels = rng.integers(0, 120, (40, 48, 3), dtype=np.uint8)
+        image.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "test/bent":
+            mask = np.zeros((40, 48), dtype=np.uint8)
+            mask[5 + number : 22, 10 : 26 + number] = 255
+            pixels[mask > 0] = 230
+            place = root / class_name / "ground_truth" / "bent"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(place / f"{number:03}_mask.png")
+        Image.fromarray(pixels).save(image)
+    return root
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")

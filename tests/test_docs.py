@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from model.config import REPOSITORY
-from tests.conftest import Scripts, write_small_dataset
+from tests.conftest import Scripts, write_mvtec_tree, write_small_dataset
 
 README = REPOSITORY / "README.md"
 PAGES = [
@@ -234,12 +234,16 @@ def test_every_kind_of_command_is_found():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if has_python(page)], ids=page_name)
-def test_python_runs(page, small, data_root):
+def test_python_runs(page, small, data_root, tmp_path):
     """All code of a page in order, as a reader would type it."""
+    if page.stem == "anomalib":
+        pytest.importorskip("anomalib", reason="needs requirements/anomalib.txt")
     placeholders = {
         '"ckpt/RUN/loop_3.pth"': repr(str(small.run / "loop_2.pth")),
         '"bolt.png"': repr(str(small.images / "1_0.png")),
         '"demo_test", "data"': f'"small", {str(data_root)!r}',
+        '"datasets/MVTecAD"': repr(str(write_mvtec_tree(tmp_path / "MVTecAD", "bottle"))),
+        '"predictions/anomalib"': repr(str(small.results)),
     }
     names: dict[str, object] = {}
     for block in code_of(page):

@@ -1,0 +1,1 @@
+"""Our models in other programs, whose packages are needed there alone."""
