@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     group = parser.add_argument_group("places")
     arguments.add_weights_argument(group)
-    add_data_root(group)
+    add_data_root(group, links=False)
     args = parser.parse_args()
     if not is_exported(args.out):
         parser.error(f"--out {args.out}: expected a name that ends with .onnx")

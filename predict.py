@@ -98,11 +98,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--regions",
         action="store_true",
-        help=f"write the defects of each image to {REGIONS} and, in COCO's format, to coco_<model>.json",
+        help=f"write the parts of each image above a threshold to {REGIONS} and, in COCO's format, to "
+        "coco_<model>.json, and draw them",
     )
-    parser.add_argument(
-        "--map_threshold", type=finite, help="map value from which on a pixel is a defect [the checkpoint's]"
-    )
+    parser.add_argument("--map_threshold", type=finite, help="of regions, in values of the map [the checkpoint's]")
     parser.add_argument("--save_path", type=path_argument, help="folder for the results [predictions]")
     arguments.add_model_arguments(parser, "the checkpoint's value, else AA-CLIP's, in brackets")
     arguments.add_compile_argument(arguments.add_machine_arguments(parser))
@@ -212,7 +211,12 @@ def bring_together(
 
 
 def draw_all(
-    judges: Sequence[ImageJudge], records: list[Record], judged: list[tuple[Path, str]], folder: Path, bits: int
+    judges: Sequence[ImageJudge],
+    records: list[Record],
+    judged: list[tuple[Path, str]],
+    folder: Path,
+    bits: int,
+    outlined: bool,
 ) -> None:
     """The pictures of judged images, {file: name of its results} in the order of their records."""
     seen = min(record["lowest_map_value"] for record in records), max(record["highest_map_value"] for record in records)
@@ -220,7 +224,7 @@ def draw_all(
     own_turns = list(processes.own_turns(enumerate(judged)))
     for number, (_, stem) in progress(own_turns, desc=f"pictures{processes.share()}", unit="image"):
         of_image = records[number * len(judges) : (number + 1) * len(judges)]
-        draw(of_image, extremes, scaled_by, folder, stem, bits)
+        draw(of_image, extremes, scaled_by, folder, stem, bits, outlined)
     processes.wait()  # one that is gone has not drawn its own
 
 
@@ -253,7 +257,7 @@ def judge_folder(args: argparse.Namespace) -> int:
         judged = [(path, stem) for path, stem in images.items() if path not in failed]
         remark([path for path, _ in judged], args.bits)
         show(table(records))
-        draw_all(judges, records, judged, folder, args.bits)
+        draw_all(judges, records, judged, folder, args.bits, args.regions)
         what = "predictions.csv, regions, pictures" if args.regions else "predictions.csv, pictures"
         logger.info("Wrote %s and maps (.npy) to %s", what, folder)
     if failed and processes.is_first():

@@ -34,19 +34,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_data_root(parser: argparse._ActionsContainer) -> None:
-    """Where the data sets lie."""
+def add_data_root(parser: argparse._ActionsContainer, links: bool = True) -> None:
+    """Where the data sets lie; `links`: and whether they are followed out of there."""
     parser.add_argument(
         "--data_root",
         type=path_argument,
         default=os.environ.get(DATA_ROOT_VARIABLE, "data"),
         help=f"folder that holds the data sets' folders (or the environment variable {DATA_ROOT_VARIABLE})",
     )
-    parser.add_argument(
-        "--follow_links",
-        action="store_true",
-        help="read images that lie outside a data set's folder, where links in it lead",
-    )
+    if links:
+        parser.add_argument(
+            "--follow_links",
+            action="store_true",
+            help="read images that lie outside a data set's folder, where links in it lead",
+        )
 
 
 def show(*texts: str) -> None:

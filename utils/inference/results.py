@@ -135,8 +135,9 @@ def draw(
     folder: Path,
     stem: str,
     bits: int,
+    outlined: bool,
 ) -> None:
-    """The picture of one image, from its record of each model: it, every model's map, and its regions."""
+    """The picture of one image, from its record of each model: it, and every model's map; `outlined`: with regions."""
     path = Path(record_group[0]["image"])
     image = read_image(path, bits)
     image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
@@ -144,7 +145,12 @@ def draw(
     for record, ends in zip(record_group, extremes, strict=True):
         anomalous = None if record["decision"] is None else record["decision"] == decision_word(True)
         words = caption("single-image", record["single_score"], record["probability"], anomalous)
-        panels.append(Panel(scaled(np.load(folder / record["map"]), ends), words))
+        outlines = [
+            [value * image.width / record["width"] for value in around]
+            for region in (record["regions"] if outlined else ())
+            for around in region["outline"]
+        ]
+        panels.append(Panel(scaled(np.load(folder / record["map"]), ends), words, outlines=outlines))
     example = Example(stem, np.asarray(image) / 255, None, panels)
     draw_examples([example], [record["model"] for record in record_group], scaled_by, path.name, folder / f"{stem}.png")
 

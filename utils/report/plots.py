@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Polygon
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
@@ -33,11 +34,15 @@ matplotlib.rcParams["text.parse_math"] = False
 
 @dataclass(frozen=True)
 class Panel:
-    """One model's map of an image, `values` [H, W], what is said beneath, and whether that is right (None: unknown)."""
+    """One model's map of an image, `values` [H, W], what is said beneath, and whether that is right (None: unknown).
+
+    `outlines`: polygons on it, x and y in turn, in px of the image that is shown.
+    """
 
     values: np.ndarray
     caption: str
     right: bool | None = None
+    outlines: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def _draw_example(row: Sequence[Axes], example: Example, most: float) -> None:
         axis.imshow(panel.values, cmap=MAP_COLOURS, vmin=0, vmax=1, extent=extent)
         colour = UNKNOWN if panel.right is None else RIGHT if panel.right else WRONG
         axis.set_xlabel(panel.caption, fontsize=6, labelpad=2, color=colour)
+        for around in panel.outlines:
+            axis.add_patch(Polygon(np.reshape(around, (-1, 2)) - 0.5, fill=False, color=OUTLINE, linewidth=0.8))
     for axis, panel in zip(row[1 + len(example.panels) :], example.panels[1:], strict=True):
         axis.imshow(panel.values - first, cmap=DIFFERENCE_COLOURS, vmin=-most, vmax=most, extent=extent)
     for axis in row:
