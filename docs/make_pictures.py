@@ -3,8 +3,12 @@ r"""Draw the pictures of the documentation, from a finished run of the demo.
     make demo
     python -m docs.make_pictures
 
-writes strip.png, prompts.png and method.png to docs/pictures. report.png is the top of a report on all loops, as a
-browser shows it, brought to few colours:
+writes strip.png, prompts.png and method.png to docs/pictures. page.png is the page of app.py with an example, and
+needs requirements/page.txt, playwright and chromium:
+
+    python -m docs.make_pictures --page
+
+report.png is the top of a report on all loops, as a browser shows it, brought to few colours:
 
     python test.py --ckpt ckpt/demo_feedback --dataset demo_test --report
     chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1330,1300 \
@@ -14,6 +18,9 @@ browser shows it, brought to few colours:
 """
 
 import argparse
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +58,8 @@ OUTLINE = "cyan"
 # What the strip shows, (class, which image of it), and the image that the cross-attentions look at.
 SHOWN = (("bottle_top", 21), ("key", 23), ("battery", 49), ("cork", 0))
 LOOKED_AT = ("bottle_top", 31)
+# Which example the page is shown with.
+PAGE_EXAMPLE = 3
 # A pixel of a README page in points of a figure of 100 of them to the inch.
 POINTS = 72 / 100
 
@@ -61,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "--run", type=path_argument, default=Path("ckpt/demo_feedback"), help="folder of the demo's run"
     )
     add_data_root(parser)
+    parser.add_argument("--page", action="store_true", help="draw page.png, and stop")
     parser.add_argument("--shrink", type=path_argument, help="bring this picture to 256 colours, and stop")
     return parser.parse_args()
 
@@ -248,6 +258,30 @@ def draw_loops(page: Drawing, top: float) -> None:
     )
 
 
+# page.png
+
+
+def draw_page(run: Path, data_root: str) -> None:
+    """The page of app.py as a browser shows it after a click on an example, down to the end of its results."""
+    from playwright.sync_api import sync_playwright
+
+    path, command = PICTURES / "page.png", [sys.executable, "app.py", "--ckpt", str(run), "--data_root", data_root]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": WIDTH, "height": WIDTH})
+            page.goto(server.stdout.readline().strip() if server.stdout else "")
+            page.locator("#examples button").nth(PAGE_EXAMPLE).click()
+            page.locator("#results article").wait_for()
+            page.locator(".progress-text").wait_for(state="detached")
+            end = page.locator("#results").bounding_box() or {"y": 0, "height": WIDTH}
+            clip: Any = {"x": 0, "y": 0, "width": WIDTH, "height": end["y"] + end["height"]}
+            page.screenshot(path=path, full_page=True, clip=clip)
+        finally:
+            server.terminate()
+    shrink(path)
+
+
 # what the pictures share
 
 
@@ -307,6 +341,9 @@ def main() -> None:
     args = parse_arguments()
     if args.shrink:
         shrink(args.shrink)
+        return
+    if args.page:
+        draw_page(args.run, str(args.data_root))
         return
     data = open_dataset("demo_test", args.data_root)
     detectors = load_detectors(args.run, data)

@@ -12,7 +12,7 @@ import torch
 from model.config import REPOSITORY
 from utils import arguments, threads
 
-SCRIPTS = ("train", "train_cross_attention", "test", "predict", "export", "pretrain_demo")
+SCRIPTS = ("train", "train_cross_attention", "test", "predict", "app", "export", "pretrain_demo")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dataset.transforms import Transform, normalised
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, known_patches, predict
 from model.adapter_cross_attention import CrossAttentionCLIP
 from utils.calibration import Calibration
-from utils.checkpoints import checkpoint_names, checkpoints_of
+from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of
 from utils.machine import device_of
 from utils.models import ModelLoader
 from utils.verdicts import ImageJudge, Judged
@@ -135,18 +135,12 @@ def load_detectors(
 ) -> list[Detector]:
     """Detectors of all checkpoints that `paths` name, on one backbone, for images of some classes with so many bits.
 
-    `reduced_jpeg`: they read large JPEG files at reduced size; `map_threshold` as in `ImageJudge`. Raises ValueError
-    for a model that looks at another image than the one that it judges.
+    `reduced_jpeg`: they read large JPEG files at reduced size; `map_threshold` as in `ImageJudge`. Raises ValueError as
+    `load_models`.
     """
     named = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
     checkpoints = list({checkpoint.path.resolve(): checkpoint for checkpoint in named}.values())  # each once
-    models = [loader(checkpoint) for checkpoint in checkpoints]
-    for checkpoint, model in zip(checkpoints, models, strict=True):
-        if model.sees_another_image:
-            raise ValueError(
-                f"{checkpoint.path}: a control, which looks at another image of a data set (--image_context another). "
-                "test.py tests it; for single images take a model without this flag."
-            )
+    models = load_models(checkpoints, loader)
     descriptions = {name: describe_class("", name)[0] for name in class_names}
     reading = {"bits": bits, "map_threshold": map_threshold}
     reading["reduced_to"] = reduced_for(loader.backbone.img_size) if reduced_jpeg else None
@@ -155,6 +149,21 @@ def load_detectors(
         Detector.of(model, bank, checkpoint.calibration, precision, name, **reading)
         for name, model, checkpoint in zip(checkpoint_names(checkpoints), models, checkpoints, strict=True)
     ]
+
+
+def load_models(checkpoints: Sequence[Checkpoint], loader: ModelLoader) -> list[CrossAttentionCLIP]:
+    """Models of checkpoints, for single images.
+
+    Raises ValueError for a model that looks at another image than the one that it judges.
+    """
+    models = [loader(checkpoint) for checkpoint in checkpoints]
+    for checkpoint, model in zip(checkpoints, models, strict=True):
+        if model.sees_another_image:
+            raise ValueError(
+                f"{checkpoint.path}: a control, which looks at another image of a data set (--image_context another). "
+                "test.py tests it; for single images take a model without this flag."
+            )
+    return models
 
 
 def check_normal_images(models: Iterable[CrossAttentionCLIP]) -> None:
