@@ -13,7 +13,6 @@ import utils.threads  # noqa: F401, which decides before PyTorch is imported how
 
 import argparse
 import logging
-from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
@@ -103,10 +102,10 @@ def about(checkpoint: Checkpoint, detector: Detector, exactness: str) -> About:
         "domain": detector.text.bank.domain,
         "img_size": backbone.img_size,
         "precision": exactness,
-        "calibration": None if fitted is None else asdict(fitted),
+        "calibration": fitted,
         "threshold": None if fitted is None else fitted.threshold,
         "clip_sha256": backbone.sha256,
-        "checkpoint": path.as_posix(),
+        "checkpoint": path.name,
         "checkpoint_sha256": {path.name: file_sha256(path)} if checkpoint.is_loop_file else checkpoint.base["sha256"],
     }
 
@@ -116,7 +115,7 @@ def main() -> int:
     check_installed()
     # Here, because these need libraries that the rest of the program does not.
     from utils.exporting.files import check_out, write_graph
-    from utils.exporting.graph import Judge, largest_difference, to_graph
+    from utils.exporting.graph import Judge, check_difference, to_graph
     from utils.exporting.reduced import REDUCED, loss_of
 
     check_place(args.out.parent, "--out")
@@ -129,10 +128,10 @@ def main() -> int:
     if exactness in REDUCED:
         graph = REDUCED[exactness](graph)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    files = write_graph(graph, about(checkpoint, detector, exactness), args.out)
-    difference = largest_difference(judge, args.out)
-    if exactness == PRECISIONS[0] and difference > MOST_DIFFERENCE:
-        raise RuntimeError(f"{args.out}: maps differ from PyTorch's by {difference:.1e} of their range.")
+    most = MOST_DIFFERENCE if exactness == PRECISIONS[0] else None
+    files, difference = write_graph(
+        graph, about(checkpoint, detector, exactness), args.out, lambda file: check_difference(judge, file, most)
+    )
     for file in files:
         logger.info("Wrote %s, %.1f MB", file, file.stat().st_size / 1e6)
     show(

@@ -1,4 +1,4 @@
-"""What torch.hub loads (https://docs.pytorch.org/docs/stable/hub.html), without installing and from any folder:
+"""What torch.hub loads (https://docs.pytorch.org/docs/stable/hub.html), from any folder:
 
     detector = torch.hub.load("OWNER/REPO", "detector", ckpt="ckpt/RUN/loop_3.pth", class_name="metal bolt")
     verdict = detector("bolt.png")
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -20,24 +21,36 @@ _HERE = Path(__file__).resolve().parent
 # What `import` finds here.
 _OWN = {path.stem for path in _HERE.glob("*.py")} | {path.parent.name for path in _HERE.glob("*/__init__.py")}
 _known: dict[str, ModuleType] = {}
+_lock = RLock()
 
 
 @contextmanager
 def _own_modules() -> Iterator[None]:
-    """Within it `import` finds the modules of this repository; afterwards what the caller has of the same names."""
-    found = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in _OWN}
-    theirs = {name: module for name, module in found.items() if not _is_here(module)}
-    for name in theirs:
-        del sys.modules[name]
-    sys.modules.update({name: module for name, module in _known.items() if name not in sys.modules})
-    sys.path.insert(0, str(_HERE))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(_HERE))
-        for name in [name for name in sys.modules if name.partition(".")[0] in _OWN and name not in found]:
-            _known[name] = sys.modules.pop(name)
-        sys.modules.update(theirs)
+    """Within it `import` finds the modules of this repository; afterwards what the caller has of the same names.
+
+    Who works inside this repository keeps its modules. Another thread must not import its own meanwhile.
+    """
+    with _lock:
+        theirs = {name: module for name, module in _named().items() if not _is_here(module)}
+        inside = not theirs and bool(_named())
+        for name in theirs:
+            del sys.modules[name]
+        sys.modules.update({name: module for name, module in _known.items() if name not in sys.modules})
+        sys.path.insert(0, str(_HERE))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(_HERE))
+            _known.update(_named())
+            if not inside:
+                for name in _named():
+                    del sys.modules[name]
+                sys.modules.update(theirs)
+
+
+def _named() -> dict[str, ModuleType]:
+    """What is imported under names that this repository has too."""
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in _OWN}
 
 
 def _is_here(module: ModuleType) -> bool:
@@ -59,12 +72,20 @@ def detector(ckpt: str | Path, class_name: str = "object", **options: Any) -> An
         return Detector.load(ckpt, class_name, **options)
 
 
-def model(ckpt: str | Path, device: str | None = None, clip_weights: str | Path | None = None, **flags: Any) -> Any:
+def model(
+    ckpt: str | Path,
+    device: str | None = None,
+    clip_weights: str | Path | None = None,
+    model_name: str | None = None,
+    img_size: int | None = None,
+) -> Any:
     """The trained model of a loop file or the folder of a base, a `torch.nn.Module` of which nothing trains.
 
-    `model.visual(images)` takes normalised pixels [B, 3, S, S]; docs/python.md has the rest. `flags`, for bases that do
-    not name them: `model_name`, `img_size`. Raises as `detector`.
+    `model.visual(images)` takes normalised pixels [B, 3, S, S]; docs/python.md has the rest. `model_name` and
+    `img_size` are for bases that do not name them. Raises as `detector`.
     """
+    named = {"model_name": model_name, "img_size": img_size}
+    flags = {name: value for name, value in named.items() if value is not None}
     with _own_modules():
         from utils.checkpoints import load_checkpoint
         from utils.machine import device_of

@@ -53,7 +53,7 @@ from utils.inference.watch import watch
 from utils.logs import progress
 from utils.options import add_flag, at_least, finite
 from utils.signals import StopSignal
-from utils.verdicts import ImageJudge, calibrated_extremes
+from utils.verdicts import ImageJudge, calibrated_extremes, verdicts_on
 
 logger = logging.getLogger("predict")
 
@@ -109,18 +109,26 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_judges(args: argparse.Namespace, images: Sequence[Path]) -> list[ImageJudge]:
-    """The models of --ckpt: trained ones, then exported ones."""
-    exported = [path for path in args.ckpt if is_exported(path)]
-    trained = [path for path in args.ckpt if path not in exported]
-    judges: list[ImageJudge] = []
-    if trained:
-        judges += load_trained(args, trained, images)
-    else:
-        take_pixels(args.max_pixels)
-        arguments.refuse_of_exported(args)
+    """The models of --ckpt: trained ones, then exported ones, whose class and domain the others take."""
+    paths = [path for path in args.ckpt if is_exported(path)]
+    trained = [path for path in args.ckpt if path not in paths]
     reading = args.bits, args.reduced_jpeg, args.map_threshold
-    judges += load_exported(exported, args.class_name, args.domain, args.device, args.threads, *reading)
-    return judges
+    take_pixels(args.max_pixels)
+    exported = load_exported(paths, args.class_name, args.domain, args.device, args.threads, *reading)
+    for name, values in (
+        ("class_name", {judge.class_name for judge in exported}),
+        ("domain", {judge.about["domain"] for judge in exported}),
+    ):
+        if len(values) > 1:
+            raise ValueError(
+                f"--ckpt: files of more than one {name}: {', '.join(sorted(values))}. Judge by each alone."
+            )
+        if values:
+            setattr(args, name, values.pop())
+    if not trained:
+        arguments.refuse_of_exported(args)
+        logger.info("The prompts say '%s'.", args.class_name)
+    return [*(load_trained(args, trained, images) if trained else []), *exported]
 
 
 def load_trained(args: argparse.Namespace, paths: list[Path], images: Sequence[Path]) -> Sequence[ImageJudge]:
@@ -178,6 +186,7 @@ def judge_all(
     folder: Path,
     records: list[Record],
     failed: dict[Path, str],
+    with_regions: bool,
 ) -> None:
     """Add to records and to {image: what is wrong with it}; the maps are written as they come.
 
@@ -186,8 +195,7 @@ def judge_all(
     turns = list(processes.own_turns(images.items()))
     for path, stem in progress(turns, desc=f"images{processes.share()}", unit="image"):
         try:
-            image = judges[0].read(path)
-            verdicts = {judge.name: judge(image) for judge in judges}
+            verdicts = verdicts_on(path, judges)
             for name, verdict in verdicts.items():
                 write_map(folder / maps[stem, name], verdict.map)
         except (ValueError, OSError) as error:
@@ -196,7 +204,7 @@ def judge_all(
             failed[path] = str(error)
             logger.error("error: %s", error)
             continue
-        records += [record_of(path, name, verdict, maps[stem, name]) for name, verdict in verdicts.items()]
+        records += [record_of(path, name, found, maps[stem, name], with_regions) for name, found in verdicts.items()]
 
 
 def bring_together(
@@ -216,7 +224,6 @@ def draw_all(
     judged: list[tuple[Path, str]],
     folder: Path,
     bits: int,
-    outlined: bool,
 ) -> None:
     """The pictures of judged images, {file: name of its results} in the order of their records."""
     seen = min(record["lowest_map_value"] for record in records), max(record["highest_map_value"] for record in records)
@@ -224,12 +231,14 @@ def draw_all(
     own_turns = list(processes.own_turns(enumerate(judged)))
     for number, (_, stem) in progress(own_turns, desc=f"pictures{processes.share()}", unit="image"):
         of_image = records[number * len(judges) : (number + 1) * len(judges)]
-        draw(of_image, extremes, scaled_by, folder, stem, bits, outlined)
+        draw(of_image, extremes, scaled_by, folder, stem, bits)
     processes.wait()  # one that is gone has not drawn its own
 
 
 def judge_folder(args: argparse.Namespace) -> int:
     """Judge all of --images, and write what was found."""
+    if args.map_threshold is not None and not args.regions:
+        raise ValueError("--map_threshold: says where regions begin. Give --regions too, or leave it out.")
     folder = args.save_path or Path("predictions")
     check_place(folder, "--save_path")
     images = find_images(args.images, folder)
@@ -238,26 +247,28 @@ def judge_folder(args: argparse.Namespace) -> int:
     models = [judge.name for judge in judges]
     maps = map_files(images, models)
     if processes.is_first():
-        own = [REGIONS, *coco_files(models).values()] if args.regions else []
+        own = [REGIONS, *coco_files(models).values()]
         check_folder(folder, [*(f"{stem}.png" for stem in images.values()), *maps.values(), *own], images)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in own:  # of an earlier call
+            (folder / name).unlink(missing_ok=True)
         write_table(folder, [])  # which tells from now on whose folder it is
     processes.wait()
     records: list[Record] = []
     failed: dict[Path, str] = {}
     try:
-        judge_all(judges, images, maps, folder, records, failed)
+        judge_all(judges, images, maps, folder, records, failed, args.regions)
         records, failed = bring_together(records, failed, images)
     finally:  # also what was judged before a signal, or before the disk was full
         if processes.is_first():
             write_table(folder, records)
-    if args.regions and processes.is_first():
-        write_regions(folder, records, models)
+            if args.regions:
+                write_regions(folder, records, models)
     if records:
         judged = [(path, stem) for path, stem in images.items() if path not in failed]
         remark([path for path, _ in judged], args.bits)
         show(table(records))
-        draw_all(judges, records, judged, folder, args.bits, args.regions)
+        draw_all(judges, records, judged, folder, args.bits)
         what = "predictions.csv, regions, pictures" if args.regions else "predictions.csv, pictures"
         logger.info("Wrote %s and maps (.npy) to %s", what, folder)
     if failed and processes.is_first():
@@ -281,14 +292,16 @@ def judge_arrivals(args: argparse.Namespace) -> int:
     def say(path: Path, last: bool) -> bool:
         nonlocal judged, failed
         try:
-            image = judges[0].read(path)
-            lines = [plain(record_of(path, judge.name, judge(image))) for judge in judges]
+            found = verdicts_on(path, judges)
+            lines = [plain(record_of(path, name, verdict, None, True)) for name, verdict in found.items()]
         except (ValueError, OSError) as error:
             if not last:
                 return False
             failed += 1
             lines = [{"image": str(path), "error": str(error)}]
         else:
+            if not judged:
+                remark([path], args.bits)
             judged += 1
         for line in lines:
             print(json.dumps(line), flush=True)

@@ -83,7 +83,7 @@ def compare_commands(path: Path, repeats: int) -> None:
     words = ["export.py", "--ckpt", str(base), "--class_name", "nut", "--out", str(path)]
     subprocess.run([sys.executable, *words], cwd=REPOSITORY, check=True, capture_output=True)
     image = next((REPOSITORY / "data" / "demo_train").rglob("*.png"))
-    ratios, names = [], {"PyTorch": base, "exported": path}
+    rounds, names = [], {"PyTorch": base, "exported": path}
     for _ in tqdm(range(repeats), desc="predict.py", disable=None, leave=False):
         taken = {}
         for name, ckpt in names.items():
@@ -91,8 +91,8 @@ def compare_commands(path: Path, repeats: int) -> None:
             words += ["--save_path", str(path.parent / name)]
             run = partial(subprocess.run, [sys.executable, *words], cwd=REPOSITORY, check=True, capture_output=True)
             taken[name] = seconds_of(run)
-        ratios.append(taken)
-    pytorch, exported = (statistics.median(taken[name] for taken in ratios) for name in names)
+        rounds.append(taken)
+    pytorch, exported = (statistics.median(taken[name] for taken in rounds) for name in names)
     print(
         f"  predict.py, one image: PyTorch {pytorch:.2f} s, exported {exported:.2f} s, ratio {exported / pytorch:.2f}"
     )

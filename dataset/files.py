@@ -32,13 +32,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            _replace(temporary, path)
+            replace_file(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     _clean(path.parent)
 
 
-def _replace(temporary: Path, path: Path) -> None:
+def replace_file(temporary: Path, path: Path) -> None:
+    """Put a file in the place of another, which on Windows may take some tries."""
     for wait in WAITS:
         try:
             os.replace(temporary, path)

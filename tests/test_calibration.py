@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.calibration import fit
+from utils.calibration import MapCounts, fit
 
 
 def scores(images: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,6 +42,18 @@ def test_where_all_are_best_called_anomalous_all_are():
     detection, highest = rng.normal(0, 1, 60) - 0.1 * labels, rng.normal(0, 1, 60)
     found = fit(detection, highest, labels, (0, 1), held_out=False)
     assert found.decisions(found.probabilities(detection, highest)).mean() > 0.95
+
+
+def test_a_pixel_is_called_a_defect_from_between_both_kinds_on():
+    counts = MapCounts()
+    assert counts.best_threshold() is None
+    maps, masks = np.array([[0.0, 1.0], [7.0, 8.0]]), np.array([[0, 0], [1, 1]])
+    counts.add(maps, masks)
+    assert 3.9 < counts.best_threshold() < 4.1
+    counts.add(np.full((2, 2), 7.5), np.array([[0, 1], [1, 1]]))
+    assert 3.9 < counts.best_threshold() < 4.1
+    counts.add(np.full((4, 4), 7.5), np.zeros((4, 4)))
+    assert 7.5 < counts.best_threshold() <= 8 or counts.best_threshold() < 7
 
 
 def test_one_kind_alone_cannot_be_calibrated():

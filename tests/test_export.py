@@ -19,6 +19,7 @@ from predict import Detector
 from tests.conftest import Scripts
 from utils.exported import CLASS_NUMBER, JUDGED, PIXELS, load_exported, open_session
 from utils.exporting import files
+from utils.exporting.files import data_files
 from utils.exporting.graph import Judge, to_graph
 from utils.exporting.reduced import as_float16
 from utils.judging import load_detectors
@@ -101,22 +102,28 @@ def test_a_file_tells_what_it_is(exported, run, backbone):
     assert said["classes"] == list(CLASSES) and said["domain"] == "industrial" and said["img_size"] == 64
     assert len(said["prompts"]["candle"]) == 16 and "a photo of a damaged candle." in said["prompts"]["candle"]
     assert said["threshold"] == said["calibration"]["threshold"] and said["clip_sha256"] == backbone.sha256
-    assert list(said["checkpoint_sha256"]) == ["loop_2.pth"] and len(said["checkpoint_sha256"]["loop_2.pth"]) == 64
-    assert str(REPOSITORY).encode() not in exported.read_bytes()  # of the machine that wrote it, it says nothing
+    assert (
+        said["checkpoint"] == "loop_2.pth"
+        and list(said["checkpoint_sha256"]) == ["loop_2.pth"]
+        and len(said["checkpoint_sha256"]["loop_2.pth"]) == 64
+    )
+    content = exported.read_bytes()  # of the machine that wrote it, it says nothing
+    assert str(REPOSITORY).encode() not in content and str(run.parent).encode() not in content
 
 
 def test_weights_that_are_too_large_for_one_file_lie_beside_it(exported, tmp_path, monkeypatch):
     graph, about = onnx.load(exported), load_exported([exported], "candle")[0].about
     monkeypatch.setattr(files, "MOST_BYTES", 1_000_000)
     out = tmp_path / "large.onnx"
-    written = files.write_graph(graph, about, out)
+    written, checked = files.write_graph(graph, about, out, lambda file: file.parent)
+    assert checked != tmp_path and not checked.exists()
     assert [path.suffix for path in written] == [".onnx", ".data"] and out.stat().st_size < 1_000_000
     pixels = {PIXELS: noise(1, 64), CLASS_NUMBER: np.zeros(1, dtype=np.int64)}
     (found,), (expected,) = (open_session(path).run([JUDGED[0]], pixels) for path in (out, exported))
     assert np.array_equal(found, expected)
     largest = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     largest.raw_data = bytes(len(largest.raw_data))
-    again = files.write_graph(graph, about, out)
+    again, _ = files.write_graph(graph, about, out, data_files)
     assert again != written and sorted(tmp_path.iterdir()) == sorted(again)  # the old weights went with the old graph
     again[1].unlink()
     with pytest.raises(ValueError, match=r"large\.onnx: not readable as an exported model"):
@@ -144,7 +151,7 @@ def test_a_smaller_file_says_what_it_loses(scripts, run, exported, tmp_path, mon
     assert shown[1].startswith("small, 2 images of each kind and class")
     exact, smaller, loss = ([float(word) for word in line.split()[1:]] for line in shown[-3:])
     assert loss == pytest.approx([a - b for a, b in zip(exact, smaller, strict=True)], abs=0.011)
-    assert max(map(abs, loss[:1])) < 5 and out.stat().st_size < 6_000_000
+    assert max(map(abs, loss)) < 15 and out.stat().st_size < 6_000_000
     given = {PIXELS: noise(2, 64), CLASS_NUMBER: np.arange(2, dtype=np.int64)}
     assert open_session(out).run(None, given)[0].dtype == np.float32
 
@@ -161,7 +168,7 @@ def test_predict_says_the_same_of_a_trained_model_and_of_its_file(scripts, expor
     words = ["--ckpt", run / "loop_2.pth", exported, "--class_name", "candle", "--images", images]
     assert scripts("predict", *words, "--device", "cpu", "--regions", "--save_path", tmp_path) == 0
     rows = table_of(tmp_path)
-    assert {row["model"] for row in rows} == {"x/loop_2", "both"}
+    assert {row["model"] for row in rows} == {"x/loop_2", "both.onnx"}
     for trained, other in zip(rows[::2], rows[1::2], strict=True):
         assert trained["image"] == other["image"] and trained["decision"] == other["decision"]
         for name in ("single_score", "probability", "highest_map_value"):
@@ -186,6 +193,15 @@ def test_a_file_is_judged_by_where_there_is_no_pytorch(exported, images, tmp_pat
     assert len(table_of(tmp_path / "out")) == len(list((tmp_path / "out").glob("*.png"))) == judged
 
 
+def test_a_trained_model_takes_the_class_of_the_file_beside_it(scripts, run, exported, images, tmp_path, monkeypatch):
+    of_one = load_exported([exported], "candle")  # as a file of one class, whose name need not be given
+    monkeypatch.setattr("predict.load_exported", lambda paths, class_name, *how: of_one)
+    words = ["--ckpt", run / "loop_2.pth", exported, "--images", images / "1_0.png", "--save_path", tmp_path]
+    assert scripts("predict", *words, "--device", "cpu") == 0
+    trained, other = (float(row["single_score"]) for row in table_of(tmp_path))
+    assert trained == pytest.approx(other, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -197,10 +213,10 @@ def test_a_file_is_judged_by_where_there_is_no_pytorch(exported, images, tmp_pat
         ),
         (
             ["--class_name", "candle", "--precision", "bf16"],
-            "--precision bf16: was decided when the model was exported",
+            "--precision: goes with checkpoints",
         ),
-        (["--class_name", "candle", "--img_size", "96"], "--img_size 96: was decided when"),
-        (["--class_name", "candle", "--normal_images", "good"], "--normal_images good: was decided when"),
+        (["--class_name", "candle", "--img_size", "96"], "--img_size: goes with checkpoints"),
+        (["--class_name", "candle", "--normal_images", "good"], "--normal_images: goes with checkpoints"),
         (["--class_name", "candle", "--device", "tpu"], "--device tpu: an exported model runs on cpu or cuda"),
         (["--class_name", "candle", "--device", "cuda"], "this onnxruntime has no CUDAExecutionProvider"),
     ],
@@ -218,7 +234,11 @@ def test_files_of_other_kinds_are_refused(scripts, exported, images, tmp_path, c
     del graph.metadata_props[:]
     strangers["other"] = graph.SerializeToString()
     onnx.helper.set_model_props(graph, {"format": "2"})
-    expected = {"gone": "no such file", "other": "not exported by this program"}
+    strangers["newer"] = graph.SerializeToString()
+    onnx.helper.set_model_props(graph, {"format": "1", "calibration": '{"threshold": 0.5}'})
+    strangers["short"] = graph.SerializeToString()
+    expected = {"gone": "no such file", "newer": "exported in format 2; this version reads 1"}
+    expected |= dict.fromkeys(("other", "short"), "not exported by this program")
     for name, content in strangers.items():
         path = tmp_path / f"{name}.onnx"
         if content is not None:
@@ -259,3 +279,21 @@ def test_a_missing_library_is_named(scripts, run, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("export.find_spec", lambda name: None if name == "onnxscript" else name)
     assert export(scripts, "--ckpt", run / "loop_2.pth", "--out", tmp_path / "a.onnx") == 2
     assert "export.py needs onnxscript. Install: pip install -r requirements/onnx.txt" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_or_differs_replaces_no_file(scripts, run, exported, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "kept.onnx"
+    out.write_bytes(exported.read_bytes())
+    monkeypatch.setattr("utils.exporting.graph.to_graph", lambda judge: onnx.load(exported))
+    words = ["--ckpt", run / "loop_0.pth", "--class_name", *CLASSES, "--out", out]
+    assert export(scripts, *words) == 2  # the graph is that of another loop
+    assert "maps differ from PyTorch's by" in capsys.readouterr().err
+    graph = onnx.load(exported)
+    for tensor in graph.graph.initializer:
+        if tensor.name.endswith("positional_embedding"):
+            tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
+    monkeypatch.setattr("utils.exporting.graph.to_graph", lambda judge: graph)
+    assert export(scripts, *words) == 2
+    assert "maps or scores are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.onnx"]
+    assert out.read_bytes() == exported.read_bytes()

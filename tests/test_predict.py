@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from dataset.images import read_image
 from predict import Detector
 from utils.inference import results
 from utils.inference.images import find_images
-from utils.verdicts import find_regions
+from utils.inference.watch import watch
+from utils.verdicts import find_regions, verdicts_on
 
 
 @pytest.fixture
@@ -326,6 +328,8 @@ def test_regions_are_written_as_json_and_in_coco_format(scripts, run, images, tm
     assert [image["file_name"] for image in coco["images"]] == [record["image"] for record in found[1::2]]
     assert len(coco["annotations"]) == sum(len(record["regions"]) for record in found[1::2])
     threshold = verdict.highest
+    assert predict(scripts, *words[:-1]) == 0 and not (out / "regions.json").exists()  # they were of another call
+    assert predict(scripts, *words[:-1], "--map_threshold", threshold) == 2
     assert predict(scripts, *words, "--map_threshold", threshold) == 0
     found = json.loads((out / "regions.json").read_text(encoding="utf-8"))
     assert len(found[1]["regions"]) == 1 and found[1]["regions"][0]["peak"] == pytest.approx(threshold)
@@ -344,6 +348,29 @@ def test_regions_need_a_threshold(scripts, base, images, tmp_path, capsys):
     assert "give --map_threshold" in capsys.readouterr().err
     assert Detector.load(folder, device="cpu")(images / "a.png").regions is None
     assert predict(scripts, *words, "--map_threshold", 0) == 0
+
+
+def test_outlines_go_along_the_edges_of_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        for region in find_regions(rng.random((6, 6)), 0.7, (6, 6)):
+            x, y = (np.concatenate([around[axis::2] for around in region.outline]) for axis in (0, 1))
+            left, top, width, height = region.box
+            assert (x.min(), y.min(), x.max(), y.max()) == (left, top, left + width, top + height)
+
+
+def test_regions_of_an_image_read_at_reduced_size_are_in_its_own_pixels(run, tmp_path, data_root):
+    path = tmp_path / "large.jpg"
+    Image.open(data_root / "small" / "candle" / "1_0.png").resize((1600, 1600)).save(path)
+    whole, reduced = (
+        Detector.load(run / "loop_2.pth", class_name="candle", device="cpu", reduced_jpeg=reduced)
+        for reduced in (False, True)
+    )
+    threshold = np.percentile(whole(path).map, 90)
+    one, other = (replace(detector, map_threshold=threshold)(path) for detector in (whole, reduced))
+    assert one.size == other.size == (1600, 1600)
+    assert np.allclose(one.regions[0].box, other.regions[0].box, atol=60)
+    assert verdicts_on(path, [whole, reduced])[reduced.name].single_score == other.single_score
 
 
 # a folder that fills up
@@ -390,10 +417,40 @@ def test_images_of_a_folder_are_judged_as_they_come(scripts, run, images, tmp_pa
 
     with ThreadPoolExecutor() as pool:
         happened = pool.submit(happen)
-        words = ["--ckpt", run / "loop_0.pth", run / "loop_1.pth"][:2]
-        assert predict(scripts, *words, "--watch", folder, "--class_name", "candle") == 1  # one was broken
+        words = ["--ckpt", run / "loop_1.pth", "--watch", folder, "--class_name", "candle"]
+        assert predict(scripts, *words) == 1  # one was broken
         happened.result()
     assert said.lines.empty()
+
+
+def test_a_folder_that_is_gone_for_a_while_is_judged_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.inference.watch.POLL", 0.001)
+    monkeypatch.setattr("utils.inference.watch.SETTLED", 0)
+    folder, elsewhere = tmp_path / "line", tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(b"an image")
+    judged: list[str] = []
+
+    def judge(path: Path, last: bool) -> bool:
+        judged.append(path.name)
+        if judged == ["a.png"]:
+            (folder / "b.png").write_bytes(b"another image")  # while it waits for its turn
+        return True
+
+    # A look before each of them.
+    happens = iter([None, None, lambda: folder.rename(elsewhere), None, lambda: elsewhere.rename(folder), None, None])
+
+    def stopped() -> bool:
+        if len(judged) < 2:
+            return False
+        event = next(happens, "end")
+        if callable(event):
+            event()
+        return event == "end"
+
+    watch(folder, judge, stopped)
+    assert judged == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def refuse_of_exported(args: argparse.Namespace) -> None:
     for name, without in flags.items():
         if getattr(args, name) != without:
             raise ValueError(
-                f"--{name} {getattr(args, name)}: was decided when the model was exported. Leave the flag out."
+                f"--{name}: goes with checkpoints; what an exported model does was decided by export.py. Leave it out."
             )
 
 

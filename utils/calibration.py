@@ -82,7 +82,7 @@ def fit(
     return replace(fitted, threshold=_best_threshold(kinds, fitted.probabilities(features[:, 0], features[:, 1])))
 
 
-class PixelCounts:
+class MapCounts:
     """How many pixels have which map value, normal ones and defects apart: 8 MiB, whatever the number of images."""
 
     def __init__(self) -> None:
@@ -98,8 +98,11 @@ class PixelCounts:
         normal, defects = np.cumsum(self.counts[:, ::-1], axis=1)[:, ::-1]
         if not defects[0]:
             return None
-        best = (2 * defects / (defects + normal + defects[0])).argmax()
-        return float(best) * BIN_WIDTH - MOST_VALUE
+        f1 = 2 * defects / (defects + normal + defects[0])
+        best = np.flatnonzero(f1 == f1.max())
+        # Halfway through the values that are as good, as the one of probabilities.
+        last = best[0] + np.flatnonzero(np.diff(best, append=-1) != 1)[0]
+        return float(best[0] + last) / 2 * BIN_WIDTH - MOST_VALUE
 
 
 def _best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:

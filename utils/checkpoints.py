@@ -119,6 +119,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path}: one half of a base model. Give its folder, {path.parent}.")
     if path.name == STATE_FILE:
         raise ValueError(f"{path}: the state of a run, from which it goes on. Give a loop file, or the folder.")
+    if path.suffix.lower() == ".onnx":
+        raise ValueError(f"{path}: an exported model, which predict.py runs. Expected the checkpoint it was made of.")
     content = read(path)
     missing = [key for key in MODULES if key not in content]
     if missing:

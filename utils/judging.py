@@ -12,9 +12,11 @@ from torch import Tensor
 from dataset.constants import BLUR, describe_class
 from dataset.images import reduced_for
 from dataset.loading import Batch
+from dataset.records import check_class
 from dataset.transforms import Transform, normalised
 from forward_utils_cross_attention import ClassText, Prediction, PromptBank, known_patches, predict
 from model.adapter_cross_attention import CrossAttentionCLIP
+from utils.arguments import PRECISION
 from utils.calibration import Calibration
 from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of
 from utils.machine import device_of
@@ -66,6 +68,9 @@ class Detector(ImageJudge):
         """
         if domain not in BLUR:
             raise ValueError(f"domain '{domain}': expected {' or '.join(BLUR)}.")
+        if precision not in PRECISION["choices"]:
+            raise ValueError(f"precision '{precision}': expected {' or '.join(PRECISION['choices'])}.")
+        check_class(class_name, "class_name")
         named = {"model_name": model_name, "img_size": img_size}
         flags = {name: value for name, value in named.items() if value is not None}
         loader = ModelLoader(device_of(device), Path(clip_weights) if clip_weights else None, flags)

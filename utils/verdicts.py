@@ -1,8 +1,10 @@
 """What is said of single images: scores, a decision, regions, words and colours. Known without PyTorch."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
@@ -11,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dataset.images import as_rgb, at_model_size, read_image
+from dataset.images import as_rgb, at_model_size, read_image, size_on_disk
 from utils.calibration import Calibration
 
 T = TypeVar("T")
@@ -42,8 +44,8 @@ class Verdict:
 
     `single_score`, about 0 to 1, needs no other image; `detection_score` and `highest`, the highest value of `map`
     [S, S], are what it is made of. `probability` and `anomalous` are None where the checkpoint has no calibration.
-    `regions`, highest peak first, are None where there is no threshold for maps. `size`: width and height of the image,
-    px.
+    `size`: width and height of the image, px. `map_threshold`: from which value on a pixel belongs to a region; None
+    where that is not known.
     """
 
     single_score: float
@@ -52,8 +54,13 @@ class Verdict:
     probability: float | None
     anomalous: bool | None
     map: np.ndarray
-    regions: list[Region] | None
     size: tuple[int, int]
+    map_threshold: float | None
+
+    @cached_property
+    def regions(self) -> list[Region] | None:
+        """The regions, highest peak first; None where there is no threshold for maps."""
+        return None if self.map_threshold is None else find_regions(self.map, self.map_threshold, self.size)
 
 
 class Judged(NamedTuple):
@@ -77,6 +84,12 @@ class ImageJudge(ABC):
     bits: int = 16
     reduced_to: int | None = None
     map_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.bits <= 16:
+            raise ValueError(f"bits {self.bits}: expected 8 to 16.")
+        if self.map_threshold is not None and not math.isfinite(self.map_threshold):
+            raise ValueError(f"map_threshold {self.map_threshold}: expected a finite number.")
 
     @property
     @abstractmethod
@@ -109,7 +122,8 @@ class ImageJudge(ABC):
 
         An image is a file, an open Pillow image, or its pixels: [height, width, 3], red first, or grey ones
         [height, width], of type uint8. Raises ValueError, which names the image, for others, where a file is not
-        readable as an image, and where a map or score is not finite.
+        readable as an image, and where a map or score is not finite. Each verdict keeps its map, so of thousands of
+        images give some at a time.
         """
         if isinstance(image, (list, tuple)):
             return [verdict for part in _in_batches(image, batch_size) for verdict in self._judge_all(part)]
@@ -117,13 +131,21 @@ class ImageJudge(ABC):
 
     def _judge_all(self, images: Sequence[tuple[int | None, Given]]) -> list[Verdict]:
         """The verdicts on images, each with its place in the list that was given."""
-        pictures = [self._picture(image, _called(image, number)) for number, image in images]
-        found = self.judge(np.stack([np.asarray(at_model_size(picture, self.img_size)) for picture in pictures]))
+        pixels, sizes = [], []
+        for number, image in images:
+            picture = self._picture(image, _called(image, number))
+            sizes.append(self._whole_size(image, picture))
+            pixels.append(np.asarray(at_model_size(picture, self.img_size)))
+        found = self.judge(np.stack(pixels))
         for row, (number, image) in enumerate(images):
             if not np.isfinite([found.maps[row].max(), found.maps[row].min(), found.detection_scores[row]]).all():
                 raise ValueError(f"{_called(image, number)}: the model's map or score is not finite.")
-        judged = zip(*found, (picture.size for picture in pictures), strict=True)
-        return [self.verdict(*of_image) for of_image in judged]
+        return [self.verdict(*of_image) for of_image in zip(*found, sizes, strict=True)]
+
+    def _whole_size(self, image: Given, picture: Image.Image) -> tuple[int, int]:
+        """Width and height of an image, which may have been read at reduced size."""
+        reduced = self.reduced_to is not None and isinstance(image, (str, Path))
+        return size_on_disk(Path(str(image))) if reduced else picture.size
 
     def _picture(self, image: Given, called: str) -> Image.Image:
         if isinstance(image, (str, Path)):
@@ -143,13 +165,19 @@ class ImageJudge(ABC):
 
     def verdict(self, values: np.ndarray, detection: float, single: float, size: tuple[int, int]) -> Verdict:
         """What a map [S, S], a detection score and a single-image score say of an image of `size`, width and height."""
-        detection, highest, threshold = float(detection), float(values.max()), self.region_threshold
+        detection, highest = float(detection), float(values.max())
         probability = anomalous = None
         if self.calibration is not None:
             probabilities = self.calibration.probabilities(np.array(detection), np.array(highest))
             probability, anomalous = probabilities.item(), bool(self.calibration.decisions(probabilities))
-        regions = None if threshold is None else find_regions(values, threshold, size)
-        return Verdict(float(single), detection, highest, probability, anomalous, values, regions, size)
+        return Verdict(float(single), detection, highest, probability, anomalous, values, size, self.region_threshold)
+
+
+def verdicts_on(path: Path, judges: Sequence[ImageJudge]) -> dict[str, Verdict]:
+    """{name: verdict} of several judges on a file, which is read once where all read it whole."""
+    whole = {(judge.bits, judge.reduced_to) for judge in judges} == {(judges[0].bits, None)}
+    image = judges[0].read(path) if whole else path
+    return {judge.name: judge(image) for judge in judges}
 
 
 def _in_batches(images: Sequence[T], size: int) -> Iterator[list[tuple[int, T]]]:
@@ -186,10 +214,10 @@ def find_regions(values: np.ndarray, threshold: float, size: tuple[int, int]) ->
 
 def _outlines(part: np.ndarray) -> list[np.ndarray]:
     """Polygons around what is True in [h, w], each [points, 2], x first: pixel 0 goes from 0 to 1."""
-    # OpenCV draws through the middle of pixels; of ones half as large the middle lies near their edge.
+    # OpenCV draws through the middle of pixels; of ones half as large the nearest edge of a whole one is clear.
     doubled = part.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     around, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [(points[:, 0] + 0.5) / 2 for points in around]
+    return [(points[:, 0] + 1) // 2 for points in around]
 
 
 def scaled(values: np.ndarray, extremes: tuple[float, float]) -> np.ndarray:

@@ -81,6 +81,7 @@ def loss_of(exactness: str, detector: Detector, data: DataSet, images: int) -> s
         save(REDUCED[exactness](graph), paths[exactness])
         sessions = {name: open_session(path) for name, path in paths.items()}
         found = measure(sessions, data, images, detector.calibration)
+        del sessions  # which on Windows hold the files
     return loss_table(found, f"{data.name}, {images} images of each kind and class, percent")
 
 
@@ -94,14 +95,15 @@ def measure(
     records = {name: few_shot(data.of_class(name), 2 * images, seed) for name in data.descriptions}
     values: dict[str, list[dict[str, float]]] = {name: [] for name in sessions}
     with progress(total=sum(map(len, records.values())), desc=f"loss on {data.name}", unit="image") as bar:
-        for number, (_, of_class) in enumerate(records.items()):
+        for number, of_class in enumerate(records.values()):
             kept: dict[str, ClassScores] = {}
             for name, found, batch, defects in _judged(sessions, data, of_class, number):
                 if name not in kept:
                     pixels = PixelCounts(found.maps.median().item())
                     kept[name] = ClassScores(data.domain, calibration, pixels=pixels)
                 kept[name].add(found, batch, [0], [defects], len(kept[name].labels))
-                bar.update(1 / len(sessions))
+                if name == next(iter(sessions)):
+                    bar.update()
             for name, scores in kept.items():
                 values[name].append(scores.metrics(scores.sample()))
     return {name: mean_over_classes(of_session) for name, of_session in values.items()}

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
 
@@ -55,13 +56,15 @@ def find_images(given: list[str], results: Path) -> dict[Path, str]:
     return found
 
 
-def images_below(folder: Path, left_out: Path | None) -> tuple[list[Path], list[Path]]:
+def images_below(
+    folder: Path, left_out: Path | None, onerror: Callable[[OSError], None] | None = None
+) -> tuple[list[Path], list[Path]]:
     """The images in a folder and in those within it, links to folders among them, and the files that are none.
 
-    Hidden files, and those in `left_out`, are neither.
+    Hidden files, and those in `left_out`, are neither. `onerror` is told of folders that cannot be listed.
     """
     found, others, seen = list[Path](), list[Path](), set[str]()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = os.path.realpath(place)
         if real in seen or real == str(left_out):  # a link may lead back
             folders.clear()

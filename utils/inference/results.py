@@ -1,7 +1,7 @@
 """What is written of judged images: a table, maps, pictures and regions, all from one record of each verdict.
 
-A record is a dict of plain types: COLUMNS, `width` and `height` of the image in px, and `regions`, see `Region`, None
-where there is no threshold for maps. Known without PyTorch.
+A record is a dict of plain types: COLUMNS, `width` and `height` of the image in px, and `regions`, see `Region`, from
+`map_threshold` on; None where that is not known, or nobody asked. Known without PyTorch.
 """
 
 import io
@@ -33,8 +33,9 @@ WIDEST = 80
 DECIMALS = 2
 
 
-def record_of(image: Path, model: str, verdict: Verdict, map_file: str | None = None) -> Record:
+def record_of(image: Path, model: str, verdict: Verdict, map_file: str | None, with_regions: bool) -> Record:
     """What a verdict of a model on an image says, but for the map itself, which `map_file` may hold."""
+    regions = verdict.regions if with_regions else None
     width, height = verdict.size
     return {
         "image": str(image),
@@ -48,7 +49,8 @@ def record_of(image: Path, model: str, verdict: Verdict, map_file: str | None = 
         "map": map_file,
         "width": width,
         "height": height,
-        "regions": None if verdict.regions is None else [_rounded(region) for region in verdict.regions],
+        "map_threshold": verdict.map_threshold,
+        "regions": None if regions is None else [_rounded(region) for region in regions],
     }
 
 
@@ -83,7 +85,8 @@ def coco_files(models: Sequence[str]) -> dict[str, str]:
 
 def write_regions(folder: Path, records: Sequence[Record], models: Sequence[str]) -> None:
     """regions.json, a list of records, and of each model a file in COCO's format."""
-    write_text(folder / REGIONS, json.dumps([plain(record) for record in records], indent=1))
+    lines = ",\n".join(json.dumps(plain(record)) for record in records)
+    write_text(folder / REGIONS, f"[\n{lines}\n]\n")
     for model, file in coco_files(models).items():
         write_text(folder / file, json.dumps(as_coco([record for record in records if record["model"] == model])))
 
@@ -96,12 +99,22 @@ def as_coco(records: Sequence[Record]) -> Record:
     images: list[Record] = []
     annotations: list[Record] = []
     for number, record in enumerate(records, start=1):
-        size = {"width": record["width"], "height": record["height"]}
-        images.append({"id": number, "file_name": record["image"], **size})
+        images.append(
+            {"id": number, "file_name": record["image"], "width": record["width"], "height": record["height"]}
+        )
         for region in record["regions"]:
-            place = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
-            shape = {"bbox": region["box"], "area": region["area"], "segmentation": region["outline"]}
-            annotations.append({**place, **shape, "score": region["peak"]})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "bbox": region["box"],
+                    "area": region["area"],
+                    "segmentation": region["outline"],
+                    "score": region["peak"],
+                }
+            )
     return {"images": images, "categories": [{"id": 1, "name": "anomaly"}], "annotations": annotations}
 
 
@@ -135,9 +148,8 @@ def draw(
     folder: Path,
     stem: str,
     bits: int,
-    outlined: bool,
 ) -> None:
-    """The picture of one image, from its record of each model: it, and every model's map; `outlined`: with regions."""
+    """The picture of one image, from its record of each model: it, every model's map, and regions that are known."""
     path = Path(record_group[0]["image"])
     image = read_image(path, bits)
     image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
@@ -147,7 +159,7 @@ def draw(
         words = caption("single-image", record["single_score"], record["probability"], anomalous)
         outlines = [
             [value * image.width / record["width"] for value in around]
-            for region in (record["regions"] if outlined else ())
+            for region in record["regions"] or ()
             for around in region["outline"]
         ]
         panels.append(Panel(scaled(np.load(folder / record["map"]), ends), words, outlines=outlines))

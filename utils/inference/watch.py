@@ -11,10 +11,12 @@ from utils.inference.images import images_below
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks at the folder.
+# Seconds between two looks at the folder, or as many as a look takes.
 POLL = 0.2
-# A file that was not written to for so many seconds is taken for whole. One that is moved here is so at once.
+# A file that was seen not to change for so many seconds is taken for whole.
 SETTLED = 1.0
+# So is one that was written longer ago than the clocks of two machines differ, as those that are moved here.
+OLD = 5.0
 # What cannot be read may be half of a file whose writer rests; so many seconds are waited for more of it.
 PATIENCE = 10.0
 
@@ -37,14 +39,18 @@ def watch(folder: Path, judge: Callable[[Path, bool], bool], stopped: Callable[[
     waiting = _Waiting()
     there = True
     while not stopped():
+        started = time.monotonic()
         if there != folder.is_dir():
             there = not there
             logger.warning("%s is %s", folder, "there again." if there else "gone. Waiting for it.")
-        for path, last in waiting.due(folder):
+        if there:
+            waiting.look(folder)
+        took = time.monotonic() - started
+        for path, last in waiting.due():
             if stopped():
                 return
             waiting.done(path, judge(path, last))
-        time.sleep(POLL)
+        time.sleep(max(POLL, took))
 
 
 class _Waiting:
@@ -55,22 +61,31 @@ class _Waiting:
         self.since: dict[Path, tuple[Stamp, float]] = {}
         self.tried: dict[Path, Stamp] = {}
 
-    def due(self, folder: Path) -> Iterator[tuple[Path, bool]]:
-        """Files to be judged now, by the time they were written, and whether it is the last time."""
-        found = {path: stamp for path in images_below(folder, None)[0] if (stamp := _stamp(path))}
+    def look(self, folder: Path) -> None:
+        """See which files are there; those that are gone may come again."""
+        failures: list[OSError] = []
+        found = {path: stamp for path in images_below(folder, None, failures.append)[0] if (stamp := _stamp(path))}
+        now = time.monotonic()
+        for path, stamp in found.items():
+            if self.since.get(path, (None,))[0] != stamp:
+                self.since[path] = stamp, now
+        if failures:  # a folder on a network that does not answer is not empty
+            return
         for known in (self.finished, self.since, self.tried):
             for path in known.keys() - found.keys():
-                del known[path]  # it may come again
-        for path, stamp in sorted(found.items(), key=lambda entry: entry[1].written):
-            if self.finished.get(path) == stamp:
-                continue
-            if self.since.get(path, (None,))[0] != stamp:
-                self.since[path] = stamp, time.monotonic()
+                del known[path]
+
+    def due(self) -> Iterator[tuple[Path, bool]]:
+        """Files to be judged now, by the time they were written, and whether it is the last time."""
+        waiting = [(path, stamp) for path, (stamp, _) in self.since.items() if self.finished.get(path) != stamp]
+        for path, stamp in sorted(waiting, key=lambda entry: entry[1].written):
+            if _stamp(path) != stamp:
+                continue  # it changed while others were judged
             rested = time.monotonic() - self.since[path][1]
             if self.tried.get(path) == stamp or not stamp.size:  # as files are before they are written
                 if rested >= PATIENCE:
                     yield path, True
-            elif rested >= SETTLED or time.time() - stamp.written / 1e9 >= SETTLED:
+            elif rested >= SETTLED or time.time() - stamp.written / 1e9 >= OLD:
                 yield path, False
 
     def done(self, path: Path, read: bool) -> None:

@@ -43,7 +43,7 @@ def calibrate(
     loader = make_loader(images, batch_size, num_workers, device=backbone.device, take=processes.own_turns)
     turns = math.ceil(len(images) / batch_size / processes.count())
     batches = progress(loader, desc=f"calibration{processes.share()}", leave=False, total=turns)
-    own, pixels = [], calibration.PixelCounts()
+    own, pixels = [], calibration.MapCounts()
     for batch, (found,) in judge_batches([detector], batches, after_batch):
         masked = batch["has_mask"]
         pixels.add(found.maps.cpu()[masked].numpy(), batch["mask"][masked, 0].numpy())
