@@ -294,14 +294,14 @@ def judge_arrivals(args: argparse.Namespace) -> int:
         try:
             found = verdicts_on(path, judges)
             lines = [plain(record_of(path, name, verdict, None, True)) for name, verdict in found.items()]
+            if not judged:
+                remark([path], args.bits)
         except (ValueError, OSError) as error:
             if not last:
                 return False
             failed += 1
             lines = [{"image": str(path), "error": str(error)}]
         else:
-            if not judged:
-                remark([path], args.bits)
             judged += 1
         for line in lines:
             print(json.dumps(line), flush=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dataset import loading
+from dataset.images import MOST_PIXELS
 from model.config import REPOSITORY
 from tests.conftest import EPOCHS, SMALL
 from utils import machine, processes
@@ -29,7 +30,7 @@ def float32():
     [("cuda", True, True), ("cuda:1", True, True), ("cuda", False, False), ("cpu", True, False), ("cpu", False, False)],
 )
 def test_tf32_is_taken_on_cuda_where_it_is_asked_for(float32, caplog, device, asked, taken):
-    take_machine(SimpleNamespace(max_pixels=1000, threads=None, tf32=asked, device=device))
+    take_machine(SimpleNamespace(max_pixels=MOST_PIXELS, threads=None, tf32=asked, device=device))
     assert torch.get_float32_matmul_precision() == ("high" if taken else "highest")
     assert torch.backends.cudnn.allow_tf32 == taken
     said = ["--tf32: changes nothing on cpu; expected a GPU of CUDA."]
