@@ -5,7 +5,7 @@ BIN = .venv/bin
 .PHONY: demo test lint
 
 # The main job on the demo model and rendered data; run again, it shows the table again.
-demo: .venv/installed
+demo: .venv/program
 	$(BIN)/python train_cross_attention.py @ckpt/demo/feedback.args
 	$(BIN)/python test.py --ckpt ckpt/demo_feedback/loop_3.pth --dataset demo_test --report
 	@echo 'Next, the control: is it more than longer training?'
@@ -25,7 +25,12 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-.venv/installed: requirements.txt requirements-dev.txt $(wildcard requirements/*.txt)
+# What the program needs, and, for tests, what is optional too.
+.venv/program: requirements.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed: .venv/program requirements-dev.txt $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
