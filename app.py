@@ -24,7 +24,7 @@ from dataset.constants import BLUR
 from dataset.sets import DataSet, open_dataset
 from utils import arguments
 from utils.cli import run_script
-from utils.exported import is_exported
+from utils.files import is_exported
 from utils.machine import device_of
 from utils.models import ModelLoader
 from utils.options import at_least

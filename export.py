@@ -23,10 +23,10 @@ from dataset.files import check_place
 from dataset.prepare import prepare
 from dataset.sets import open_dataset
 from utils import arguments
-from utils.checkpoints import Checkpoint, checkpoints_of
+from utils.checkpoints import Checkpoint, one_checkpoint
 from utils.cli import run_script
-from utils.exported import FORMAT, INSTALL, About, is_exported
-from utils.files import file_sha256
+from utils.exported import FORMAT, INSTALL, About
+from utils.files import file_sha256, is_exported
 from utils.judging import Detector, load_detectors
 from utils.models import ModelLoader
 from utils.options import at_least
@@ -82,12 +82,10 @@ def check_installed() -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[Checkpoint, Detector]:
     """The checkpoint of --ckpt, and its model with the prompts of the classes, on the CPU."""
-    checkpoints = checkpoints_of(args.ckpt)
-    if len(checkpoints) > 1:
-        raise ValueError(f"--ckpt {args.ckpt}: a run of {len(checkpoints)} loops. Name one of its files.")
+    checkpoint = one_checkpoint(args.ckpt)
     loader = ModelLoader(torch.device("cpu"), args.clip_weights, arguments.model_flags(args))
-    (detector,) = load_detectors([args.ckpt], args.class_name, args.domain, loader, PRECISIONS[0])
-    return checkpoints[0], detector
+    (detector,) = load_detectors([checkpoint], args.class_name, args.domain, loader, PRECISIONS[0])
+    return checkpoint, detector
 
 
 def about(checkpoint: Checkpoint, detector: Detector, exactness: str) -> About:

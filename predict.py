@@ -33,7 +33,8 @@ from dataset.layouts import known_good
 from utils import arguments, processes
 from utils.cli import run_script
 from utils.errors import FULL
-from utils.exported import is_exported, load_exported
+from utils.exported import load_exported
+from utils.files import is_exported
 from utils.inference.images import find_images, remark
 from utils.inference.results import (
     REGIONS,
@@ -145,7 +146,9 @@ def load_trained(args: argparse.Namespace, paths: list[Path], images: Sequence[P
     loader = ModelLoader(device_of(args.device), args.clip_weights, arguments.model_flags(args))
     class_name, domain = args.class_name or "object", args.domain or next(iter(BLUR))
     reading = args.bits, args.reduced_jpeg, args.map_threshold
-    detectors = load_detectors(paths, [class_name], domain, loader, args.precision, *reading)
+    detectors = load_detectors(
+        checkpoints.all_checkpoints(paths), [class_name], domain, loader, args.precision, *reading
+    )
     if args.compile:
         compile_models(detector.model for detector in detectors)
     arguments.check_same(

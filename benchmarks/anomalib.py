@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from dataset.commands import path_argument, show
 from dataset.sets import DataSet, open_dataset
-from utils.checkpoints import check_there, checkpoints_of
+from utils.checkpoints import check_there, one_checkpoint
 from utils.cli import run_script
 from utils.machine import device_of
 from utils.models import ModelLoader
@@ -58,10 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_bench(ckpt: Path, data: DataSet) -> tuple[Bench, Contender]:
     """The data set and the model as test.py has them. Raises ValueError where `ckpt` is more than one model."""
-    checkpoint, *others = checkpoints_of(ckpt)
-    if others:
-        raise ValueError(f"--ckpt {ckpt}: expected one model, found a run of {1 + len(others)}. Name one of its files.")
-    loader = ModelLoader(device_of("cpu"))
+    checkpoint, loader = one_checkpoint(ckpt), ModelLoader(device_of("cpu"))
     model = loader(checkpoint)
     return Bench(data, loader.backbone, Batching(EVAL_BATCH, 0, "fp32")), Contender(checkpoint, model, ckpt.stem)
 

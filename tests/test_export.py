@@ -17,6 +17,7 @@ from dataset.images import read_image
 from model.config import REPOSITORY
 from predict import Detector
 from tests.conftest import Scripts
+from utils.checkpoints import load_checkpoint
 from utils.exported import CLASS_NUMBER, JUDGED, PIXELS, load_exported, open_session
 from utils.exporting import files
 from utils.exporting.files import data_files
@@ -67,7 +68,7 @@ def compare(judge: Judge, path: Path, given: list[np.ndarray]) -> None:
 
 def test_a_file_says_what_pytorch_says(exported, run):
     loader = ModelLoader(torch.device("cpu"))
-    (detector,) = load_detectors([run / "loop_2.pth"], CLASSES, "industrial", loader, "fp32")
+    (detector,) = load_detectors([load_checkpoint(run / "loop_2.pth")], CLASSES, "industrial", loader, "fp32")
     judge = Judge(detector, detector.text.bank.descriptions, "industrial")
     compare(judge, exported, [noise(7, 64), np.arange(7, dtype=np.int64) % 2])
 

@@ -7,6 +7,7 @@ A loop file holds the four modules (state dicts, None where switched off), `loop
 import io
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -22,7 +23,7 @@ from model.pickles import read_archive
 from model.weights import check_weights, weights_sha256
 from utils import processes
 from utils.calibration import Calibration
-from utils.files import file_sha256
+from utils.files import file_sha256, is_exported
 from utils.schema import HalfOfBase, LoopFile, expect
 
 TEXT_FILE, IMAGE_FILE, STATE_FILE = "text_adapter.pth", "image_adapter.pth", "state.pth"
@@ -119,7 +120,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path}: one half of a base model. Give its folder, {path.parent}.")
     if path.name == STATE_FILE:
         raise ValueError(f"{path}: the state of a run, from which it goes on. Give a loop file, or the folder.")
-    if path.suffix.lower() == ".onnx":
+    if is_exported(path):
         raise ValueError(f"{path}: an exported model, which predict.py runs. Expected the checkpoint it was made of.")
     content = read(path)
     missing = [key for key in MODULES if key not in content]
@@ -196,6 +197,20 @@ def checkpoints_of(path: Path) -> list[Checkpoint]:
     if path.is_dir() and not (path / TEXT_FILE).is_file() and loop_files(path):
         return [load_checkpoint(file) for file in loop_files(path)]
     return [load_checkpoint(path)]
+
+
+def all_checkpoints(paths: Iterable[Path]) -> list[Checkpoint]:
+    """The checkpoints that several arguments name, each once."""
+    named = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
+    return list({checkpoint.path.resolve(): checkpoint for checkpoint in named}.values())
+
+
+def one_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that an argument names. Raises ValueError where it is a run of several."""
+    checkpoint, *others = checkpoints_of(path)
+    if others:
+        raise ValueError(f"{path}: a run of {1 + len(others)} loops. Name one of its files.")
+    return checkpoint
 
 
 def checkpoint_names(checkpoints: list[Checkpoint]) -> list[str]:

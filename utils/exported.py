@@ -26,7 +26,6 @@ from utils.verdicts import ImageJudge, Judged
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".onnx"
 # Of the metadata and of what goes in and out. A file of another one is refused.
 FORMAT = 1
 PIXELS, CLASS_NUMBER = "pixels", "class_number"
@@ -57,11 +56,6 @@ class About(TypedDict):
     clip_sha256: str | None
     checkpoint: str
     checkpoint_sha256: dict[str, str]
-
-
-def is_exported(path: Path) -> bool:
-    """Whether a path is that of an exported model, by its name."""
-    return path.suffix.lower() == SUFFIX
 
 
 def as_metadata(about: About) -> dict[str, str]:

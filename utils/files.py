@@ -52,6 +52,11 @@ def _cell(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a path is that of an exported model, by its name."""
+    return path.suffix.lower() == ".onnx"
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

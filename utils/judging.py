@@ -18,7 +18,7 @@ from forward_utils_cross_attention import ClassText, Prediction, PromptBank, kno
 from model.adapter_cross_attention import CrossAttentionCLIP
 from utils.arguments import PRECISION
 from utils.calibration import Calibration
-from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of
+from utils.checkpoints import Checkpoint, checkpoint_names, one_checkpoint
 from utils.machine import device_of
 from utils.models import ModelLoader
 from utils.verdicts import ImageJudge, Judged
@@ -75,10 +75,9 @@ class Detector(ImageJudge):
         flags = {name: value for name, value in named.items() if value is not None}
         loader = ModelLoader(device_of(device), Path(clip_weights) if clip_weights else None, flags)
         reading = bits, reduced_jpeg, map_threshold
-        detectors = load_detectors([Path(ckpt)], [class_name], domain, loader, precision, *reading)
-        if len(detectors) > 1:
-            raise ValueError(f"{ckpt}: a run of {len(detectors)} loops. Name one of its files.")
-        return detectors[0]
+        checkpoint = one_checkpoint(Path(ckpt))
+        (detector,) = load_detectors([checkpoint], [class_name], domain, loader, precision, *reading)
+        return detector
 
     @property
     def img_size(self) -> int:
@@ -129,7 +128,7 @@ class Detector(ImageJudge):
 
 
 def load_detectors(
-    paths: list[Path],
+    checkpoints: list[Checkpoint],
     class_names: Sequence[str],
     domain: str,
     loader: ModelLoader,
@@ -138,28 +137,10 @@ def load_detectors(
     reduced_jpeg: bool = False,
     map_threshold: float | None = None,
 ) -> list[Detector]:
-    """Detectors of all checkpoints that `paths` name, on one backbone, for images of some classes with so many bits.
+    """Detectors of checkpoints, on one backbone, for images of some classes with so many bits.
 
-    `reduced_jpeg`: they read large JPEG files at reduced size; `map_threshold` as in `ImageJudge`. Raises ValueError as
-    `load_models`.
-    """
-    named = [checkpoint for path in paths for checkpoint in checkpoints_of(path)]
-    checkpoints = list({checkpoint.path.resolve(): checkpoint for checkpoint in named}.values())  # each once
-    models = load_models(checkpoints, loader)
-    descriptions = {name: describe_class("", name)[0] for name in class_names}
-    reading = {"bits": bits, "map_threshold": map_threshold}
-    reading["reduced_to"] = reduced_for(loader.backbone.img_size) if reduced_jpeg else None
-    bank = PromptBank(loader.backbone, descriptions, domain)
-    return [
-        Detector.of(model, bank, checkpoint.calibration, precision, name, **reading)
-        for name, model, checkpoint in zip(checkpoint_names(checkpoints), models, checkpoints, strict=True)
-    ]
-
-
-def load_models(checkpoints: Sequence[Checkpoint], loader: ModelLoader) -> list[CrossAttentionCLIP]:
-    """Models of checkpoints, for single images.
-
-    Raises ValueError for a model that looks at another image than the one that it judges.
+    `reduced_jpeg`: they read large JPEG files at reduced size; `map_threshold` as in `ImageJudge`. Raises ValueError
+    for a model that looks at another image than the one that it judges.
     """
     models = [loader(checkpoint) for checkpoint in checkpoints]
     for checkpoint, model in zip(checkpoints, models, strict=True):
@@ -168,7 +149,14 @@ def load_models(checkpoints: Sequence[Checkpoint], loader: ModelLoader) -> list[
                 f"{checkpoint.path}: a control, which looks at another image of a data set (--image_context another). "
                 "test.py tests it; for single images take a model without this flag."
             )
-    return models
+    descriptions = {name: describe_class("", name)[0] for name in class_names}
+    reading = {"bits": bits, "map_threshold": map_threshold}
+    reading["reduced_to"] = reduced_for(loader.backbone.img_size) if reduced_jpeg else None
+    bank = PromptBank(loader.backbone, descriptions, domain)
+    return [
+        Detector.of(model, bank, checkpoint.calibration, precision, name, **reading)
+        for name, model, checkpoint in zip(checkpoint_names(checkpoints), models, checkpoints, strict=True)
+    ]
 
 
 def check_normal_images(models: Iterable[CrossAttentionCLIP]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from dataset.constants import DATA_SETS, describe_class
 from dataset.records import check_class
 from forward_utils_cross_attention import ClassText, PromptBank
-from utils.checkpoints import Checkpoint, checkpoint_names, checkpoints_of, load_checkpoint
-from utils.judging import Detector, load_models
+from utils.checkpoints import Checkpoint, checkpoints_of, load_checkpoint
+from utils.judging import Detector, load_detectors
 from utils.models import ModelLoader
 
 # What photographs show until someone says it; of any, CLIP knows the word.
@@ -27,16 +27,11 @@ class PageModels:
 
     def __init__(self, paths: Sequence[Path], domain: str, loader: ModelLoader, precision: str):
         checkpoints, base_of = with_bases(paths)
-        models = load_models(checkpoints, loader)
+        detectors = load_detectors(checkpoints, [ANYTHING], domain, loader, precision)
         self.backbone, self.domain = loader.backbone, domain
         self._bank = lru_cache(KEPT)(self._new_bank)
-        bank = self._bank(ANYTHING)
-        names = checkpoint_names(checkpoints)
-        self.detectors = {
-            name: Detector.of(model, bank, checkpoint.calibration, precision, name)
-            for name, model, checkpoint in zip(names, models, checkpoints, strict=True)
-        }
-        self.bases = {name: names[base_of[number]] for number, name in enumerate(names)}
+        self.detectors = {detector.name: detector for detector in detectors}
+        self.bases = {detector.name: detectors[base].name for detector, base in zip(detectors, base_of, strict=True)}
 
     def pair(self, name: str, class_name: str) -> dict[str, Detector]:
         """{what it is: the model} of the base of the model `name` and of it, which may be one, for images of a class.
